@@ -1,0 +1,64 @@
+"""Check a converted model against the outputs of its upstream, stage by stage.
+
+    python conversion/check_parity.py CASE_DIR [CASE_DIR ...]
+
+A case directory holds an upstream pack, `io.safetensors` with inputs and expected tensors, and `case.json` with
+expected texts, scores, losses and gradients. For every case the pack is converted into a temporary folder, loaded from
+there, and run. One JSON line per expected value says its name, the largest absolute difference, the tolerance and
+whether it passed; a last line counts. An expected value that no stage looked at counts as failed. The exit status is 1
+if anything failed.
+
+To add a family, write a `check_<family>` function in `conversion/parity/` that takes a [`Case`] and checks every name
+in it, and name it in `CHECKS` below.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from parity.case import Case
+from parity.wenet import check_wenet
+
+
+CHECKS = {"wenet": check_wenet}
+
+
+def check_case(directory: Path) -> tuple[int, int]:
+    """Run one case; prints a line per value and returns how many passed and failed."""
+    case = Case.load(directory)
+    if case.family not in CHECKS:
+        raise SystemExit(f"{directory / 'case.json'}: family: expected one of {sorted(CHECKS)}, got {case.family!r}")
+    with tempfile.TemporaryDirectory(prefix="parity-") as work:
+        CHECKS[case.family](case, Path(work))
+    case.fail_unchecked()
+    return case.passed, case.failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
+    arguments = parser.parse_args()
+    total_passed = total_failed = 0
+    for directory in arguments.cases:
+        try:
+            passed, failed = check_case(directory)
+        except Exception as error:  # a case that cannot run is a failed case, and the others still run
+            print(
+                json.dumps(
+                    {"case": directory.name, "name": "run", "pass": False, "error": f"{type(error).__name__}: {error}"}
+                )
+            )
+            passed, failed = 0, 1
+        total_passed += passed
+        total_failed += failed
+    print(json.dumps({"total": total_passed + total_failed, "passed": total_passed, "failed": total_failed}))
+    return 1 if total_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

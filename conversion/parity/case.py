@@ -1,0 +1,147 @@
+"""A golden case: what the upstream said, and the book-keeping of what has been compared with it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One case directory.
+
+    Args:
+        directory: where the pack lies. facts: `case.json`. tensors: `io.safetensors`.
+        atol, rtol: default tolerance of tensors. score_atol: tolerance of search scores.
+    """
+
+    directory: Path
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    atol: float
+    rtol: float
+    score_atol: float = 1e-3
+    passed: int = 0
+    failed: int = 0
+    checked: set[str] = field(default_factory=set)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Case":
+        facts = json.loads((directory / "case.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "io.safetensors")
+        tolerance = facts.get("tolerance", {})
+        return cls(directory, facts, tensors, float(tolerance.get("atol", 1e-4)), float(tolerance.get("rtol", 1e-4)))
+
+    @property
+    def family(self) -> str:
+        return self.facts["family"]
+
+    @property
+    def decodes(self) -> dict[str, Any]:
+        return self.facts.get("decodes", {})
+
+    def expected_names(self) -> set[str]:
+        """Everything that must be looked at: tensors (also those only described), decodes, gradients."""
+        names = set(self.tensors) | set(self.facts.get("tensors", {}))
+        names |= {f"decodes/{name}" for name in self.decodes}
+        names |= {f"gradients/{name}" for name in self.facts.get("gradients", {}).get("norms", {})}
+        if "total_norm" in self.facts.get("gradients", {}):
+            names.add("gradients/total_norm")
+        names |= {f"state_dict/{name}" for name in self.facts.get("state_dict", {})}
+        return names
+
+    def use(self, *names: str) -> None:
+        """Mark inputs, which are consumed rather than compared."""
+        self.checked.update(names)
+
+    def record(self, name: str, difference: float | None, tolerance: float | str, passed: bool, **extra: Any) -> bool:
+        """Print and count one comparison."""
+        self.checked.add(name)
+        self.passed += passed
+        self.failed += not passed
+        line = {
+            "case": self.directory.name,
+            "name": name,
+            "max_abs_diff": difference,
+            "tolerance": tolerance,
+            "pass": passed,
+        }
+        print(json.dumps(line | extra, ensure_ascii=False), flush=True)
+        return passed
+
+    def compare(
+        self,
+        name: str,
+        actual: Tensor,
+        expected: Tensor | None = None,
+        where: Tensor | None = None,
+        atol: float | None = None,
+    ) -> bool:
+        """Compare a tensor; `where` (bool, broadcastable) restricts it to the entries that mean something.
+
+        Integer tensors must be equal; floats may differ by `atol + rtol * |expected|`.
+        """
+        expected = self.tensors[name] if expected is None else expected
+        actual = actual.detach().cpu()
+        if actual.shape != expected.shape:
+            return self.record(name, None, "shape", False, expected=list(expected.shape), actual=list(actual.shape))
+        exact = not expected.is_floating_point()
+        atol = 0.0 if exact else (self.atol if atol is None else atol)
+        difference = (actual.double() - expected.double()).abs()
+        allowed = atol + (0.0 if exact else self.rtol) * expected.double().abs()
+        good = difference <= allowed
+        if where is not None:
+            where = where.expand(difference.shape)
+            good, difference = good | ~where, difference[where]
+        largest = float(difference.max()) if difference.numel() else 0.0
+        # NaN compares false, so it fails.
+        return self.record(name, largest, atol, bool(good.all()))
+
+    def compare_value(self, name: str, actual: Any, expected: Any, atol: float | None = None) -> bool:
+        """Compare nested lists, dictionaries, strings and numbers; ints and strings exactly, floats within `atol`."""
+        atol = self.score_atol if atol is None else atol
+        difference, problem = largest_difference(actual, expected, name)
+        passed = problem is None and difference <= atol
+        extra = {} if problem is None else {"problem": problem}
+        return self.record(name, difference, atol, passed, **extra)
+
+    def fail_unchecked(self) -> None:
+        """Every expected value that no stage looked at is a failure."""
+        for name in sorted(self.expected_names() - self.checked):
+            self.record(name, None, "unchecked", False)
+
+
+def largest_difference(actual: Any, expected: Any, path: str) -> tuple[float, str | None]:
+    """Largest difference of floats in two nested values, and a description of the first mismatch of anything else."""
+    if isinstance(expected, dict):
+        pairs = [
+            (actual.get(key) if isinstance(actual, dict) else None, value, f"{path}.{key}")
+            for key, value in expected.items()
+        ]
+    elif isinstance(expected, list):
+        if not isinstance(actual, list | tuple) or len(actual) != len(expected):
+            return 0.0, f"{path}: expected {expected}, got {actual}"
+        pairs = [(a, e, f"{path}[{i}]") for i, (a, e) in enumerate(zip(actual, expected, strict=True))]
+    elif isinstance(expected, float) and isinstance(actual, int | float):
+        if expected == actual:
+            return 0.0, None
+        difference = abs(actual - expected)
+        return (difference, None) if difference == difference else (0.0, f"{path}: expected {expected}, got {actual}")
+    else:
+        return 0.0, None if actual == expected else f"{path}: expected {expected!r}, got {actual!r}"
+    largest = 0.0
+    for a, e, where in pairs:
+        difference, problem = largest_difference(a, e, where)
+        if problem is not None:
+            return largest, problem
+        largest = max(largest, difference)
+    return largest, None
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Scalar or tensor as float32, for comparisons with stored losses."""
+    return torch.as_tensor(tensor, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Manifests, augmentation, data sets, batching."""

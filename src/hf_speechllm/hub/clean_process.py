@@ -1,0 +1,45 @@
+"""Loads a recogniser by remote code alone and runs it; `self_check.py` starts this file in an isolated interpreter.
+
+    python -I clean_process.py FOLDER AUDIO.safetensors OUTPUT.safetensors
+
+The package itself cannot be imported here, whatever is installed, so the folder's own code files have to do.
+"""
+
+import json
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class PackageBlocker(MetaPathFinder):
+    """Makes every import of the package fail as if it were not installed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] == "hf_speechllm":
+            raise ModuleNotFoundError(f"No module named {fullname!r} (blocked)", name=fullname)
+        return None
+
+
+def main(folder: str, audio_file: str, output_file: str) -> None:
+    sys.meta_path.insert(0, PackageBlocker())
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
+
+    torch.set_num_threads(1)
+    audio = load_file(audio_file)["audio"]
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True).eval()
+    rate = processor.feature_extractor.sampling_rate
+    features = processor(audio=audio.numpy(), sampling_rate=rate, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**features).logits
+        ids = model.generate(**features)
+    recognise = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True, device="cpu")
+    text = recognise({"array": audio.numpy(), "sampling_rate": rate})["text"]
+    save_file({"logits": logits.contiguous(), "ids": ids.contiguous()}, output_file)
+    print(json.dumps({"class": type(model).__module__, "pipeline": type(recognise).__module__, "text": text}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Does a model folder work for somebody who has only transformers? A clean process answers before publication."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+from .. import auto  # noqa: F401
+
+
+AUDIO_SECONDS = 1.5
+LOGIT_TOLERANCE = 1e-5
+TIMEOUT_SECONDS = 300
+
+
+class SelfCheckError(RuntimeError):
+    """A folder does not load in a clean process, or gives something else there."""
+
+
+def self_check(folder: str | os.PathLike) -> dict[str, object]:
+    """Loads `folder` here by the installed package and elsewhere by its own code, and compares logits and ids.
+
+    The other process is isolated (`python -I`), offline, has an empty module cache, and cannot import this package.
+
+    Args:
+        folder: an exported recogniser.
+
+    Returns:
+        `max_logit_difference`, `text` of the probe signal, and where the other process took its classes from.
+
+    Raises:
+        SelfCheckError: the other process failed (with its last lines), or logits or ids differ.
+    """
+    folder = Path(folder).resolve()
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    audio = probe_signal(processor.feature_extractor.sampling_rate)
+    features = processor(
+        audio=audio.numpy(), sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(**features).logits
+        ids = model.generate(**features)
+
+    with tempfile.TemporaryDirectory(prefix="self_check_") as scratch:
+        audio_file, output_file = Path(scratch, "audio.safetensors"), Path(scratch, "output.safetensors")
+        save_file({"audio": audio}, audio_file)
+        report = run_clean_process(folder, audio_file, output_file, Path(scratch, "cache"))
+        other = load_file(output_file)
+
+    if other["logits"].shape != logits.shape:
+        raise SelfCheckError(f"{folder}: logits: expected {tuple(logits.shape)}, got {tuple(other['logits'].shape)}")
+    difference = (other["logits"] - logits).abs().max().item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise SelfCheckError(f"{folder}: logits: expected a difference of at most {LOGIT_TOLERANCE}, got {difference}")
+    if not torch.equal(other["ids"], ids):
+        raise SelfCheckError(f"{folder}: ids: expected {ids.tolist()}, got {other['ids'].tolist()}")
+    return {"max_logit_difference": difference, **report}
+
+
+def probe_signal(sampling_rate: int) -> torch.Tensor:
+    """A fixed sum of swept tones and noise, `(samples,)` float32."""
+    time = torch.arange(int(AUDIO_SECONDS * sampling_rate)) / sampling_rate
+    noise = torch.randn(len(time), generator=torch.Generator().manual_seed(0))
+    return 0.3 * torch.sin(2 * torch.pi * (200 + 400 * time) * time) + 0.02 * noise
+
+
+def run_clean_process(folder: Path, audio_file: Path, output_file: Path, cache: Path) -> dict[str, object]:
+    """Runs `clean_process.py` and returns its report.
+
+    Raises:
+        SelfCheckError: it exited with an error or took longer than 300 s.
+    """
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))},
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("clean_process.py")
+    command = [sys.executable, "-I", str(script), str(folder), str(audio_file), str(output_file)]
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=audio_file.parent, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SelfCheckError(f"{folder}: the clean process took longer than {TIMEOUT_SECONDS} s") from error
+    if done.returncode != 0:
+        last_lines = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise SelfCheckError(f"{folder}: the clean process failed with exit code {done.returncode}:\n{last_lines}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

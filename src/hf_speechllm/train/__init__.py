@@ -1,0 +1,1 @@
+"""Trainer, schedules, checkpoints, metrics and PEFT presets."""

@@ -1,0 +1,27 @@
+"""Whole parameters of a model that DeepSpeed ZeRO-3 has shared out between the processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def whole_parameters(model: nn.Module, modified: bool = False) -> Iterator[None]:
+    """Inside the context every parameter is complete on every process; without ZeRO-3 nothing happens.
+
+    Every process has to enter it.
+
+    Args:
+        model (`nn.Module`): its parameters are gathered.
+        modified (`bool`): keep what process 0 writes into them; by default changes are dropped at the end.
+    """
+    # DeepSpeed marks what it has shared out.
+    shared_out = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not shared_out:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(shared_out, modifier_rank=0 if modified else None):
+        yield

@@ -1,0 +1,76 @@
+"""Packed linear weights: the same results, nothing else changes."""
+
+import pytest
+import torch
+
+from hf_speechllm.cpu_inference import pack_linear_weights, unpack_linear_weights
+from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
+from hf_speechllm.models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
+
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture
+def model() -> WenetU2ppForSpeechRecognition:
+    torch.manual_seed(0)
+    config = WenetU2ppConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        decoder_layers=1,
+        right_decoder_layers=1,
+        decoder_intermediate_size=40,
+        conv_causal=True,
+        conv_norm_type="layer_norm",
+        conv_kernel_size=5,
+        use_dynamic_chunk=True,
+    )
+    return WenetU2ppForSpeechRecognition(config).eval()
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(2, 90, 80, generator=torch.Generator().manual_seed(1))
+
+
+def test_packed_results_equal_plain_ones(model, features):
+    with torch.inference_mode():
+        plain = model(features).logits
+        texts = model.generate(features, num_beams=3)
+    names = list(model.state_dict())
+    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
+    assert pack_linear_weights(model) == linears > 20
+    with torch.inference_mode():
+        packed = model(features).logits
+        assert torch.allclose(packed, plain, atol=1e-5)
+        assert torch.equal(model.generate(features, num_beams=3), texts)
+    assert list(model.state_dict()) == names
+    unpack_linear_weights(model)
+    assert not any("packed_weight" in vars(module) for module in model.modules())
+    with torch.inference_mode():
+        assert torch.equal(model(features).logits, plain)
+
+
+def test_changed_weights_are_not_served_from_the_old_copy(model, features):
+    pack_linear_weights(model)
+    with torch.no_grad():
+        before = model(features).logits
+        model.ctc_head.weight.mul_(2.0)
+        changed = model(features).logits
+    assert not torch.allclose(before, changed, atol=1e-3)
+    unpack_linear_weights(model)
+    with torch.no_grad():
+        assert torch.allclose(model(features).logits, changed, atol=1e-5)
+
+
+def test_training_after_packing_gets_gradients(model, features):
+    pack_linear_weights(model)
+    model(features, labels=torch.tensor([[4, 5], [6, -100]])).loss.backward()
+    gradient = model.model.encoder.layers[0].self_attn.q_proj.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0
+
+
+def test_other_dtypes_are_left_alone(model):
+    assert pack_linear_weights(model.to(torch.bfloat16)) == 0

@@ -1,0 +1,74 @@
+"""What the documentation shows is run: the README's Python blocks in order, and the demo."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import WORDS
+
+import hf_speechllm
+from hf_speechllm.shipped import shipped_model_path
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def test_readme_blocks_run(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    """With the tiny model in place of the shipped one, and without the upload."""
+    pytest.importorskip("peft")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 6
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    for block in blocks:
+        code = block.replace("pretrained/u2pp_moe_digits", str(tiny_model_dir))
+        code = code.replace('"OUT"', repr(str(tmp_path / "out")))
+        code = re.sub(r"^push_folder\(.*$", "", code, flags=re.M)
+        if "export_model" in block:
+            # What LoRA trained is merged before it is exported.
+            namespace["model"] = namespace["model"].merge_and_unload()
+        exec(compile(code, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert set(re.findall(r"[a-z]+", printed)) <= set(WORDS) and len(printed.splitlines()) > 3
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_demo_prints_words_times_and_partials(tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tiny_model_dir)])
+    runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    recordings = sorted((EXAMPLES / "audio").glob("*.wav"))
+    assert [line for line in lines if line.endswith(".wav")] == [path.name for path in recordings]
+    assert sum(" s  partial  " in line for line in lines) >= 2 and sum(" s  final    " in line for line in lines) == 1
+    assert any(re.match(r"\s+\d+\.\d\d -\s+\d+\.\d\d s  (" + "|".join(WORDS) + ")$", line) for line in lines)
+
+
+def test_shipped_model_transcribes_the_example_recordings():
+    """File names are the transcripts; at most one word in eight may be wrong, in full context and streamed."""
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    from hf_speechllm.audio import load_audio
+    from hf_speechllm.cli import stream_text
+
+    jiwer = pytest.importorskip("jiwer")
+    folder = shipped_model_path()
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    references, whole, streamed = [], [], []
+    for path in sorted((EXAMPLES / "audio").glob("*.wav")):
+        audio = load_audio(path, 16000)
+        ids = model.generate(**processor(audio=audio, sampling_rate=16000, return_tensors="pt"))
+        references.append(path.stem.replace("_", " "))
+        whole.append(processor.batch_decode(ids, skip_special_tokens=True)[0])
+        streamed.append([text for text, is_final in stream_text(model, processor, [audio], 16) if is_final][0])
+    assert jiwer.wer(references, whole) <= 1 / 8, whole
+    assert jiwer.wer(references, streamed) <= 1 / 8, streamed
+
+
+def test_shipped_folder_carries_the_code_of_the_package():
+    folder, package = shipped_model_path(), Path(hf_speechllm.__file__).parent / "models"
+    stale = [path.name for path in folder.glob("*.py") if path.read_bytes() != (package / path.name).read_bytes()]
+    assert not stale, f"{stale}: refresh them with `make pretrained`"

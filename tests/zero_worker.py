@@ -1,0 +1,23 @@
+"""`training/train_asr.py` with DeepSpeed's shared-memory all-reduce left out: it would be compiled on the first use.
+
+Run by `test_zero.py`, once per process. The all-reduce then goes through gloo like all other traffic.
+"""
+
+import sys
+from pathlib import Path
+
+
+if any("deepspeed" in argument for argument in sys.argv):
+    import deepspeed.comm  # noqa: F401
+
+    # By its name: `import deepspeed.comm.torch` binds torch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+import torch  # noqa: E402
+import train_asr  # noqa: E402
+
+
+torch.set_num_threads(1)
+train_asr.main(sys.argv[1:])
