@@ -1,5 +1,8 @@
 """Packed linear weights: the same results, nothing else changes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -70,6 +73,20 @@ def test_training_after_packing_gets_gradients(model, features):
     model(features, labels=torch.tensor([[4, 5], [6, -100]])).loss.backward()
     gradient = model.model.encoder.layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None and gradient.abs().max() > 0
+
+
+def test_copies_use_the_plain_product(model, features):
+    """peft deep-copies the modules that it saves."""
+    pack_linear_weights(model)
+    twin = copy.deepcopy(model)
+    restored = pickle.loads(pickle.dumps(model.ctc_head))
+    with torch.no_grad():
+        expected = model(features).logits
+        assert torch.allclose(twin(features).logits, expected, atol=1e-5)
+        hidden = torch.randn(3, 32)
+        assert torch.allclose(restored(hidden), model.ctc_head(hidden), atol=1e-5)
+        twin.ctc_head.weight.zero_()
+        assert torch.equal(model(features).logits, expected)
 
 
 def test_other_dtypes_are_left_alone(model):

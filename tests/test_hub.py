@@ -41,7 +41,7 @@ def results(tmp_path):
 def test_card_has_metadata_and_table(results):
     text = render_card(read_facts(FACTS, results))
     card = ModelCard(text)
-    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "automatic-speech-recognition"
+    assert card.data.license == "cc-by-sa-4.0" and card.data.pipeline_tag == "automatic-speech-recognition"
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("wer", 12.345, "test_unseen")
     table = [line for line in text.splitlines() if line.startswith("|")]
