@@ -29,8 +29,8 @@ test-transformers: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_transformers_mixin.py
 
 # Bring the code inside the shipped model folders up to date with the package.
-pretrained:
-	for file in pretrained/*/*.py; do cp src/hf_speechllm/models/$$(basename $$file) $$file; done
+pretrained: $(READY)
+	$(BIN)/python -m hf_speechllm.hub.refresh pretrained/*/
 
 lint: $(READY)
 	$(BIN)/ruff check .

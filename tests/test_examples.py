@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import WORDS
 
 import hf_speechllm
+from hf_speechllm.hub.refresh import code_files, refresh_code
 from hf_speechllm.shipped import shipped_model_path
 
 
@@ -70,5 +72,19 @@ def test_shipped_model_transcribes_the_example_recordings():
 
 def test_shipped_folder_carries_the_code_of_the_package():
     folder, package = shipped_model_path(), Path(hf_speechllm.__file__).parent / "models"
-    stale = [path.name for path in folder.glob("*.py") if path.read_bytes() != (package / path.name).read_bytes()]
+    needed = code_files(folder)
+    assert "modeling_wenet_u2pp.py" in needed and "pipeline_speech_recognition.py" in needed
+    assert {path.name for path in folder.glob("*.py")} == needed, "refresh the folder with `make pretrained`"
+    stale = [name for name in needed if (folder / name).read_bytes() != (package / name).read_bytes()]
     assert not stale, f"{stale}: refresh them with `make pretrained`"
+
+
+def test_refresh_restores_a_folder(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(shipped_model_path(), folder)
+    (folder / "ctc.py").unlink()
+    (folder / "leftover.py").touch()
+    (folder / "conformer.py").write_text("# old", encoding="utf-8")
+    refresh_code(folder)
+    expected = {path.name: path.read_bytes() for path in shipped_model_path().glob("*.py")}
+    assert {path.name: path.read_bytes() for path in folder.glob("*.py")} == expected

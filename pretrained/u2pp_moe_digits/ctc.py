@@ -377,7 +377,7 @@ def ctc_forced_alignment(
     # A path may skip the blank between two different labels.
     skippable = torch.zeros_like(states, dtype=torch.bool)
     skippable[:, 3::2] = labels[:, 1:] != labels[:, :-1]
-    emission = log_probs.double().gather(2, states[:, None, :].expand(-1, log_probs.shape[1], -1))  # (b, t, 2n + 1)
+    emission = log_probs.gather(2, states[:, None, :].expand(-1, log_probs.shape[1], -1)).double()  # (b, t, 2n + 1)
     score = torch.full_like(emission[:, 0], _NEG_INF)
     score[:, :2] = emission[:, 0, :2]
     back = torch.zeros(emission.shape, dtype=torch.int64, device=device)

@@ -22,11 +22,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import MultiHeadAttention
 from .configuration_wenet_u2pp import WenetU2ppConfig
 from .conformer import (
     ConvolutionModule,
     EncoderSelfAttention,
-    MultiHeadAttention,
     Subsampling,
     UnitOffsetRmsNorm,
     chunk_attention_mask,
