@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "conversion")]
 
 import torch
 import transformers
-from timing import HEADER, Comparison
+from timing import HEADER
 from u2pp_attention import attention
 from u2pp_encoder import encoder, streaming, training_step
 from u2pp_fbank import fbank
@@ -44,25 +44,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Comparison] = []
-    for name, function in {**WITHOUT_PEER, **WITH_PEER}.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        if name in WITH_PEER:
-            if arguments.wenet is None:
-                print(f"skipped {name}: needs --wenet CHECKOUT", file=sys.stderr)
-                continue
-            rows += function(arguments.wenet)
-        else:
-            rows += function()
     versions = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     )
-    table = "\n".join([f"{versions}, {platform.machine()}, one thread", "", HEADER, *(row.row() for row in rows)])
-    print(table)
-    if arguments.output:
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(table + "\n")
+    report(f"{versions}, {platform.machine()}, one thread\n\n{HEADER}", arguments.output)
+    for name, function in {**WITHOUT_PEER, **WITH_PEER}.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        if name in WITH_PEER and arguments.wenet is None:
+            print(f"skipped {name}: needs --wenet CHECKOUT", file=sys.stderr)
+            continue
+        for comparison in function(arguments.wenet) if name in WITH_PEER else function():
+            report(comparison.row(), arguments.output)
+
+
+def report(text: str, output: Path | None) -> None:
+    """Print, and append to the file: what was measured stays if a later comparison fails."""
+    print(text, flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 if __name__ == "__main__":

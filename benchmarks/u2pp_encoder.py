@@ -86,10 +86,11 @@ def training_step(checkout: Path) -> list[Comparison]:
         ours.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    # Seeds whose draw gives the whole batch and a chunk.
-    for seed, kind in ((0, "full context"), (3, "dynamic chunk")):
-        chunk, _ = ours.model.encoder.draw_dynamic_chunk(249, torch.Generator().manual_seed(seed))
-        assert (chunk == 249) == (kind == "full context"), f"seed {seed} draws chunk {chunk}"
+    def draws_a_chunk(seed: int) -> bool:
+        return ours.model.encoder.draw_dynamic_chunk(249, torch.Generator().manual_seed(seed))[0] < 249
+
+    for kind, chunked in (("full context", False), ("dynamic chunk", True)):
+        seed = next(seed for seed in range(100) if draws_a_chunk(seed) == chunked)
         peer.eval(), ours.eval()
         assert abs(run_peer(seed) - run_ours(seed)) < 1e-2
         peer.train(), ours.train()

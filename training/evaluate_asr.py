@@ -2,9 +2,11 @@
 
     python training/evaluate_asr.py MODEL DATA/digits --where split=test_unseen --output wer.json
     python training/evaluate_asr.py MODEL DATA.jsonl --decoding ctc_greedy --chunk_size -1 16 8 4 --metric cer
+    python training/evaluate_asr.py PARAFORMER DATA/digits/test_unseen --decoding default --chunk_size -1
 
 A chunk size is in encoder frames (40 ms at 4x subsampling); -1 is full context. Chunked results are those of
-streaming: the masked pass computes what feeding chunk by chunk computes. `--strings N` decodes, instead of the clips,
+streaming: the masked pass computes what feeding chunk by chunk computes. `--decoding default` leaves the choice to the
+model and is what one without decodings and chunks (Paraformer) takes. `--strings N` decodes, instead of the clips,
 N utterances of several clips (`--string_length`) of one speaker with pauses between them, drawn from `--seed`.
 """
 
@@ -25,7 +27,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub id of a recogniser")
     parser.add_argument("data", help="audiofolder, .jsonl file or Kaldi folder")
     parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these rows")
-    parser.add_argument("--decoding", nargs="+", choices=DECODINGS, default=list(DECODINGS))
+    parser.add_argument("--decoding", nargs="+", choices=(*DECODINGS, "default"), default=list(DECODINGS))
     parser.add_argument("--chunk_size", nargs="+", type=int, default=[-1, 16, 8, 4])
     parser.add_argument("--num_beams", type=int, default=10)
     parser.add_argument("--ctc_weight", type=float, default=None)
@@ -105,11 +107,12 @@ def main(argv: Sequence[str]) -> None:
                 inputs = processor(
                     audio=[items[index][0] for index in chosen], sampling_rate=rate, return_tensors="pt"
                 )
+                choice = {} if decoding == "default" else {"decoding": decoding, "num_beams": arguments.num_beams}
                 ids = model.generate(
                     **inputs.to(arguments.device),
-                    decoding=decoding,
-                    num_beams=arguments.num_beams,
-                    decoding_chunk_size=chunk,
+                    **choice,
+                    # Models without chunks do not know the option.
+                    **({} if chunk == -1 else {"decoding_chunk_size": chunk}),
                     **options,
                 )
                 for index, text in zip(chosen, processor.batch_decode(ids, skip_special_tokens=True), strict=True):

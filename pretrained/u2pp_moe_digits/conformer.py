@@ -332,5 +332,6 @@ class Subsampling(nn.Module):
             return self.dropout(self.layer_norm(self.out_proj(features)))
         hidden = features
         for conv in self.convs:
-            hidden = nn.functional.relu(conv(hidden), inplace=True)
+            # The first layer's output is a view, on which autograd pays for working in place with two copies.
+            hidden = nn.functional.relu(conv(hidden), inplace=not torch.is_grad_enabled())
         return self.out_proj(hidden.transpose(1, 2).flatten(2))
