@@ -22,10 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parity.case import Case
+from parity.funasr_paraformer import check_paraformer
+from parity.funasr_sensevoice import check_sensevoice
+from parity.funasr_streaming import check_streaming
 from parity.wenet import check_wenet
 
 
-CHECKS = {"wenet": check_wenet}
+CHECKS = {
+    "wenet": check_wenet,
+    "SenseVoiceSmall": check_sensevoice,
+    "ParaformerStreaming": check_streaming,
+    **dict.fromkeys(("Paraformer", "BiCifParaformer", "ContextualParaformer", "SeacoParaformer"), check_paraformer),
+}
 
 
 def check_case(directory: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Converts a WeNet pack (U2, U2++, U2++ MoE) to a transformers folder, and back.
+"""Converts a WeNet pack (U2, U2++, U2++ MoE, Paraformer) to a transformers folder, and U2 models back.
 
     python conversion/convert_wenet.py PACK OUT
     python conversion/convert_wenet.py --reverse OUT PACK
@@ -16,7 +16,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
 from hf_speechllm.upstream.tokens import build_bpe_tokenizer, build_char_tokenizer
+from hf_speechllm.upstream.typed_config import ConfigReader
 from hf_speechllm.upstream.units import read_non_linguistic_symbols, read_units, write_units
 from hf_speechllm.upstream.yaml_config import read_yaml_mapping
 
@@ -257,7 +257,6 @@ REQUIRED_VALUES = {
     "ctc": "ctc",
 }
 
-MAX_COUNT = 1 << 24
 BPE_MODEL_NAME = "upstream_bpe.model"
 REPORT_NAME = "conversion_report.json"
 
@@ -282,13 +281,17 @@ def convert_wenet_pack(pack_dir: str | Path, out_dir: str | Path) -> dict[str, o
     if not pack.is_dir():
         raise ConversionError("pack is not a directory", file=pack)
     configs = read_yaml_mapping(yaml_path)
-    reader = _YamlReader(configs, yaml_path)
+    if configs.get("model") == "paraformer":
+        from convert_wenet_paraformer import convert_wenet_paraformer_pack
+
+        return convert_wenet_paraformer_pack(pack, configs, out_dir)
+    reader = ConfigReader(configs, yaml_path, REQUIRED_VALUES)
     fields, fbank = _read_architecture(reader)
     inputs = [yaml_path]
 
     tokenizer, bpe_path, warnings = _build_tokenizer(pack, reader, fields, inputs)
-    cmvn_path, cmvn_is_json = _find_cmvn(pack, reader)
-    reader.refuse_unknown()
+    cmvn_path, cmvn_is_json = find_cmvn(pack, reader)
+    reader.refuse_unknown(IGNORED_KEYS)
     state = read_state_dict(pack / "final.pt")
     inputs.append(pack / "final.pt")
     cmvn_source = _add_cmvn(state, cmvn_path, cmvn_is_json, fields, inputs)
@@ -328,91 +331,7 @@ def convert_wenet_pack(pack_dir: str | Path, out_dir: str | Path) -> dict[str, o
     return report
 
 
-class _YamlReader:
-    """Takes typed values out of a parsed `train.yaml` and remembers which keys were used."""
-
-    def __init__(self, configs: dict[str, object], path: Path) -> None:
-        self.path = path
-        self.configs = configs
-        self.used: set[str] = set()
-        self.ignored: set[str] = set()
-
-    def section(self, name: str) -> dict[str, object]:
-        """The mapping under the top-level key `name`; empty when absent or null."""
-        self.used.add(name)
-        value = self.configs.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise ConversionError("not a mapping", file=self.path, key=name, actual=repr(value))
-        return value
-
-    def read(self, section: str, table: dict[str, tuple], ignored: set[str]) -> dict[str, object]:
-        """The fields of `table` from a section, with upstream's defaults; any other key is refused."""
-        content = self.section(section)
-        for key in content:
-            full = f"{section}.{key}"
-            if key in ignored:
-                self.ignored.add(full)
-            elif full in REQUIRED_VALUES:
-                self.require(full, content[key])
-            elif key not in table:
-                raise ConversionError("unknown key", file=self.path, key=full, actual=repr(content[key]))
-        return {
-            field: self.value(f"{section}.{key}", content.get(key, default), kind)
-            for key, (field, kind, default) in table.items()
-        }
-
-    def require(self, key: str, actual: object) -> None:
-        """Refuses any value but the one that `REQUIRED_VALUES` has for `key`."""
-        expected = REQUIRED_VALUES[key]
-        if actual != expected or isinstance(actual, bool) != isinstance(expected, bool):
-            raise ConversionError(
-                "not supported", file=self.path, key=key, expected=repr(expected), actual=repr(actual)
-            )
-
-    def value(self, key: str, value: object, kind: str | dict[str, str]) -> object:
-        """`value` checked against `kind`: a translation table, count (≥ 1), size (≥ 0), number, rate (0..1), flag."""
-        if isinstance(kind, dict):
-            if not isinstance(value, str) or value not in kind:
-                raise ConversionError(
-                    "not supported", file=self.path, key=key, expected=sorted(kind), actual=repr(value)
-                )
-            return kind[value]
-        if kind == "optional count":
-            if value is None:
-                return None
-            kind = "count"
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        real = whole or isinstance(value, float)
-        checks: dict[str, tuple[Callable[[], bool], str]] = {
-            "count": (lambda: whole and 1 <= value <= MAX_COUNT, f"integer 1..{MAX_COUNT}"),
-            "size": (lambda: whole and 0 <= value <= MAX_COUNT, f"integer 0..{MAX_COUNT}"),
-            "number": (lambda: real and 0 <= value <= 1e9, "number 0..1e9"),
-            "rate": (lambda: real and 0 <= value <= 1, "number 0..1"),
-            "flag": (lambda: isinstance(value, bool), "true or false"),
-            "text": (lambda: isinstance(value, str), "text"),
-        }
-        accepts, expected = checks[kind]
-        if not accepts():
-            raise ConversionError("bad value", file=self.path, key=key, expected=expected, actual=repr(value))
-        return float(value) if kind in ("number", "rate") else value
-
-    def top(self, key: str, kind: str | dict[str, str], default: object) -> object:
-        """A top-level value."""
-        self.used.add(key)
-        return self.value(key, self.configs.get(key, default), kind)
-
-    def refuse_unknown(self) -> None:
-        """Refuses top-level keys that were neither used nor are known to be irrelevant."""
-        for key in self.configs:
-            if key in IGNORED_KEYS:
-                self.ignored.add(key)
-            elif key not in self.used:
-                raise ConversionError("unknown key", file=self.path, key=key, actual=repr(self.configs[key]))
-
-
-def _read_architecture(reader: _YamlReader) -> tuple[dict[str, object], dict[str, object]]:
+def _read_architecture(reader: ConfigReader) -> tuple[dict[str, object], dict[str, object]]:
     """Fields of `WenetU2ppConfig` and of the feature extractor from either generation of `train.yaml`."""
     for key in ("model", "ctc"):
         reader.used.add(key)
@@ -464,20 +383,7 @@ def _read_architecture(reader: _YamlReader) -> tuple[dict[str, object], dict[str
             actual=special["<blank>"],
         )
 
-    dataset = reader.section("dataset_conf")
-    for key in dataset:
-        full = f"dataset_conf.{key}"
-        if key in IGNORED_DATASET_KEYS:
-            reader.ignored.add(full)
-        elif full in REQUIRED_VALUES:
-            reader.require(full, dataset[key])
-        elif key not in ("fbank_conf", "resample_conf"):
-            raise ConversionError("unknown key", file=reader.path, key=full, actual=repr(dataset[key]))
-    inner = _YamlReader(
-        {f"dataset_conf.{key}": dataset.get(key) for key in ("fbank_conf", "resample_conf")}, reader.path
-    )
-    fbank = inner.read("dataset_conf.fbank_conf", FBANK_KEYS, set())
-    fbank |= inner.read("dataset_conf.resample_conf", {"resample_rate": ("sampling_rate", "count", 16000)}, set())
+    fbank = read_dataset(reader)
     if fbank["feature_size"] != fields["input_size"]:
         raise ConversionError(
             "feature sizes disagree",
@@ -490,8 +396,30 @@ def _read_architecture(reader: _YamlReader) -> tuple[dict[str, object], dict[str
     return fields, fbank
 
 
+def read_dataset(reader: ConfigReader) -> dict[str, object]:
+    """Arguments of the feature extractor from `dataset_conf`."""
+    dataset = reader.section("dataset_conf")
+    for key in dataset:
+        full = f"dataset_conf.{key}"
+        if key in IGNORED_DATASET_KEYS:
+            reader.ignored.add(full)
+        elif full in REQUIRED_VALUES:
+            reader.require(full, dataset[key])
+        elif key not in ("fbank_conf", "resample_conf"):
+            raise ConversionError("unknown key", file=reader.path, key=full, actual=repr(dataset[key]))
+    inner = ConfigReader(
+        {f"dataset_conf.{key}": dataset.get(key) for key in ("fbank_conf", "resample_conf")},
+        reader.path,
+        REQUIRED_VALUES,
+    )
+    fbank = inner.read("dataset_conf.fbank_conf", FBANK_KEYS, set())
+    return fbank | inner.read(
+        "dataset_conf.resample_conf", {"resample_rate": ("sampling_rate", "count", 16000)}, set()
+    )
+
+
 def _build_tokenizer(
-    pack: Path, reader: _YamlReader, fields: dict[str, object], inputs: list[Path]
+    pack: Path, reader: ConfigReader, fields: dict[str, object], inputs: list[Path]
 ) -> tuple[WenetU2ppTokenizer, Path | None, list[str]]:
     """The tokenizer, the sentencepiece model it was built from, and warnings. Read files are added to `inputs`."""
     settings = reader.section("tokenizer_conf")
@@ -566,7 +494,7 @@ def _build_tokenizer(
     return build_char_tokenizer(units, split_with_space=split, **arguments), None, warnings
 
 
-def _find_cmvn(pack: Path, reader: _YamlReader) -> tuple[Path | None, bool]:
+def find_cmvn(pack: Path, reader: ConfigReader) -> tuple[Path | None, bool]:
     """The statistics file that the yaml asks for (`None`: none) and whether it is JSON.
 
     A file called `global_cmvn` in the pack goes before the name that the yaml gives, as in the toolkit.

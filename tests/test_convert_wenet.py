@@ -162,7 +162,7 @@ def test_without_cmvn(tmp_path, pack):
     ("changes", "words"),
     [
         ({"model": "whisper"}, ["key: model", "whisper"]),
-        ({"model": "paraformer"}, ["key: model", "paraformer"]),
+        ({"model": "transducer"}, ["key: model", "transducer"]),
         ({"encoder": "squeezeformer"}, ["key: encoder", "squeezeformer"]),
         ({"decoder": "sanm_decoder"}, ["key: decoder", "sanm_decoder"]),
         ({"ctc": "other"}, ["key: ctc", "other"]),

@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader
 
 from hf_speechllm.data.augmentation import (
     AugmentationConfig,
-    augment_features,
+    augment_log_mel,
     augment_waveform,
     change_speed,
     change_tempo,
     colored_noise,
     join_clips,
+    mask_features,
     sample_generator,
     spec_augment,
     spec_substitute,
@@ -237,7 +238,8 @@ class TestAugmentation:
     def test_shapes_survive_every_step(self):
         for frames in (1, 2, 7, 100):
             features = np.zeros((frames, 80), dtype=np.float32)
-            augmented = augment_features(features, EVERYTHING, sample_generator(0, 0, frames), 16000)
+            rng = sample_generator(0, 0, frames)
+            augmented = mask_features(augment_log_mel(features, EVERYTHING, rng, 16000), EVERYTHING, rng)
             assert augmented.shape[1] == 80 and frames / 2 <= augmented.shape[0] <= frames
 
     @pytest.mark.parametrize(
@@ -287,6 +289,28 @@ class TestDataset:
         dataset = make_dataset(clips, tokenizer, config)
         real = np.array([dataset[2, index]["input_features"].shape[0] for index in range(12)])
         assert np.abs(dataset.lengths(2) - real).max() <= 1
+
+    def test_stacked_and_normalized_features(self, clips, tokenizer):
+        """Without a change they are the extractor's own, bit by bit; changes are made before stacking and CMVN."""
+        extractor = KaldiFbankFeatureExtractor(window_type="hamming", lfr_m=7, lfr_n=6)
+        generator = np.random.default_rng(0)
+        extractor.cmvn_mean = generator.uniform(5.0, 9.0, 560).tolist()
+        extractor.cmvn_inverse_std = generator.uniform(0.2, 0.4, 560).tolist()
+        utterances = read_manifest(clips)
+        plain = SpeechRecognitionDataset(utterances, extractor, tokenizer)
+        unchanged = SpeechRecognitionDataset(utterances, extractor, tokenizer, AugmentationConfig())
+        config = AugmentationConfig(equalizer_probability=1.0, tempo_probability=1.0, tempo_factors=(0.8, 0.8))
+        changed = SpeechRecognitionDataset(utterances, extractor, tokenizer, config)
+        for index in range(12):
+            assert same_item(unchanged[index], plain[index])
+            assert plain[index]["input_features"].shape == (plain.plan(index, 0).num_frames, 560)
+            features = changed[index]["input_features"]
+            assert features.shape == (changed.plan(index, 0).num_frames, 560)
+            log_mel = (features / torch.tensor(extractor.cmvn_inverse_std) + torch.tensor(extractor.cmvn_mean)).view(
+                -1, 7, 80
+            )
+            # Frame 6 of a stack is frame 0 of the next one.
+            assert torch.allclose(log_mel[:-1, 6], log_mel[1:, 0], atol=1e-4)
 
     def test_length_limits(self, clips, tokenizer):
         everything = make_dataset(clips, tokenizer)

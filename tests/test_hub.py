@@ -50,6 +50,23 @@ def test_card_has_metadata_and_table(results):
     assert "{{" not in text and "{%" not in text
 
 
+def test_kinds_of_errors_reach_the_card(tmp_path, monkeypatch):
+    """From two evaluations through `collect_results.py` to the table."""
+    monkeypatch.syspath_prepend(str(FACTS.parents[1] / "training"))
+    import collect_results
+
+    run = {"decoding": "default", "chunk_size": -1, "words": 10, "insertions": 0}
+    for name, errors in (("a", {"wer": 30.0, "substitutions": 2, "deletions": 1}), ("b", {"wer": 20.0})):
+        result = {**run, "substitutions": 1, "deletions": 1, **errors}
+        (tmp_path / name).write_text(json.dumps({"results": [result]}), encoding="utf-8")
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    collect_results.main([str(tmp_path / "results.json"), "--add", "u2pp_moe_digits", "digits", "test", *files])
+    lines = render_card(read_facts(FACTS, tmp_path / "results.json")).splitlines()
+    header, rule, row = (line for line in lines if line.startswith("|"))
+    assert header.count("|") == rule.count("|") == row.count("|")
+    assert header.endswith("| seeds | sub. / del. / ins. |") and row.endswith("| 30.00 20.00 | 1.5 / 1 / 0 |")
+
+
 def test_card_without_results_says_so():
     assert "None measured." in render_card(read_facts(FACTS))
 

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "wenet"
 # How many expected values each case holds; a check that silently disappears changes the number.
-CASES = {"conformer_bn_bpe_old_tiny": 342, "u2pp_conformer_tiny": 486, "u2pp_moe_tiny": 511}
+CASES = {"conformer_bn_bpe_old_tiny": 342, "u2pp_conformer_tiny": 486, "u2pp_moe_tiny": 511, "paraformer_tiny": 253}
+FUNASR = Path(__file__).parent / "golden" / "funasr"
+FUNASR_CASES = {
+    "bicif_timestamps_tiny": 129,
+    "paraformer_sanm_tiny": 93,
+    "paraformer_streaming_tiny": 59,
+    "seaco_hotword": 88,
+    "sensevoice_tiny": 167,
+}
 
 
 def check_parity(*cases: Path) -> tuple[int, list[dict], str]:
@@ -34,6 +42,38 @@ def failed_names(lines: list[dict]) -> list[str]:
 
 def test_every_case_is_listed():
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(CASES)
+    assert sorted(path.name for path in FUNASR.iterdir()) == sorted(FUNASR_CASES)
+
+
+def test_every_funasr_case_passes():
+    status, lines, errors = check_parity(*(FUNASR / name for name in FUNASR_CASES))
+    assert failed_names(lines) == []
+    assert status == 0, errors
+    *values, total = lines
+    assert total == {"total": sum(FUNASR_CASES.values()), "passed": sum(FUNASR_CASES.values()), "failed": 0}
+    for name, count in FUNASR_CASES.items():
+        assert sum(line["case"] == name for line in values) == count
+
+
+def test_tampered_funasr_case_is_noticed(tmp_path):
+    """A changed tensor, a changed text, and an output that nobody checks; nothing else fails."""
+    case = tmp_path / "case"
+    shutil.copytree(FUNASR / "sensevoice_tiny", case)
+    tensors = load_file(case / "io.safetensors")
+    tensors["c2.logp"][0, 0, 0] += 0.01
+    save_file(tensors | {"unheard_of": tensors["feats"].clone()}, case / "io.safetensors")
+
+    def change(facts):
+        facts["combos"][3]["rich"][0] += "x"
+        facts["combos"][4]["psychic"] = 1
+        facts["timestamps"][1]["result"]["timestamp"][0][1] += 1
+        facts["oracle"] = {"text": "x"}
+
+    edit_facts(case, change)
+    status, lines, errors = check_parity(case)
+    assert status == 1, errors
+    expected = ["c2.logp", "combos[3].rich", "combos[4].psychic", "oracle.text", "timestamps[1].result", "unheard_of"]
+    assert sorted(failed_names(lines)) == expected
 
 
 def test_every_golden_case_passes():

@@ -5,7 +5,8 @@
         --add ...
 
 Each `--add` takes a model, a data set, a split, and the JSON files that `evaluate_asr.py --output` wrote, one per
-seed. A row holds the mean over the seeds and each seed's own figure, in per cent.
+seed. A row holds the mean over the seeds and each seed's own figure, in per cent, and the mean numbers of
+substitutions, deletions and insertions.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
+
+
+ERRORS = ("substitutions", "deletions", "insertions")
 
 
 def rows_of(model: str, dataset: str, split: str, files: list[str]) -> list[dict]:
@@ -42,6 +46,7 @@ def rows_of(model: str, dataset: str, split: str, files: list[str]) -> list[dict
                 "value": round(mean(values), 3),
                 "per_seed": values,
             }
+            | {kind: round(mean(report[index][kind] for report in reports), 1) for kind in ERRORS}
         )
     return rows
 

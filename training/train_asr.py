@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,35 +24,79 @@ if TYPE_CHECKING:
     from hf_speechllm.train.run_config import DataArguments, RunConfig
 
 
+# Families that a recipe can train from scratch; of the others it starts from a converted model.
+NEW_MODEL_TYPES = ("wenet_u2pp", "funasr_paraformer")
+
+
 def read_sources(sources: Sequence[Any], data: "DataArguments") -> "list[Utterance]":
-    """Utterances of every source of `data.train` or `data.validation`, in order."""
+    """Utterances of every source of `data.train` or `data.validation`, in order.
+
+    A source is a path or a mapping with `path` or `hub`, `repeat`, what its reader takes, and `columns`: values of
+    columns that its manifest lacks or leaves empty, e.g. `{language: en}`.
+    """
     from hf_speechllm.data.manifests import read_hub_dataset, read_manifest
 
     utterances = []
     for source in sources:
         options = {"path": source} if isinstance(source, str) else dict(source)
         repeat = int(options.pop("repeat", 1))
+        columns = options.pop("columns", {})
         if "hub" in options:
             found = read_hub_dataset(options.pop("hub"), **options)
         else:
             path = Path(data.data_dir or ".") / options.pop("path")
             found = read_manifest(path, **options)
+        if columns:
+            found = [
+                replace(item, columns={**columns, **{name: value for name, value in item.columns.items() if value}})
+                for item in found
+            ]
         utterances.extend(found * repeat)
     return utterances
 
 
 def build_processor(run: "RunConfig", utterances: "Sequence[Utterance]"):
-    """Processor of a new model: feature extractor by its arguments, tokenizer from a folder or the training text."""
+    """Processor of a new model: feature extractor by its arguments, tokenizer from a folder or the training text.
+
+    Raises:
+        ValueError: a `model_type` that has no recipe from scratch, or an unknown `unit`.
+    """
     from transformers import AutoTokenizer
 
     from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
+    from hf_speechllm.models.processing_funasr_paraformer import FunasrParaformerProcessor
     from hf_speechllm.models.processing_wenet_u2pp import WenetU2ppProcessor
 
+    if run.model.model_type not in NEW_MODEL_TYPES:
+        raise ValueError(f"model_type: expected one of {NEW_MODEL_TYPES}, found {run.model.model_type!r}")
+    is_paraformer = run.model.model_type == "funasr_paraformer"
     if run.data.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(run.data.tokenizer)
     else:
-        tokenizer = build_tokenizer([utterance.text for utterance in utterances], run.data.unit)
-    return WenetU2ppProcessor(KaldiFbankFeatureExtractor(**run.data.feature_extractor), tokenizer)
+        if run.data.unit not in ("word", "char"):
+            raise ValueError(
+                f"unit: expected 'word' or 'char', found {run.data.unit!r}; give a BPE tokenizer as a folder"
+            )
+        build = build_paraformer_tokenizer if is_paraformer else build_tokenizer
+        tokenizer = build([utterance.text for utterance in utterances], run.data.unit)
+    processor = FunasrParaformerProcessor if is_paraformer else WenetU2ppProcessor
+    return processor(KaldiFbankFeatureExtractor(**run.data.feature_extractor), tokenizer)
+
+
+def build_paraformer_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase":
+    """Tokenizer over the sorted units of a text, in FunASR's layout: <blank> 0, <s> 1, </s> 2, units, <unk> last.
+
+    Args:
+        texts (`Sequence[str]`): the training transcripts.
+        unit (`str`): `"word"`, lower-cased, or `"char"`, where spaces vanish.
+    """
+    from hf_speechllm.upstream.funasr_tokens import build_paraformer_char_tokenizer
+
+    found = {part for text in texts for part in (text.lower().split() if unit == "word" else "".join(text.split()))}
+    marks = ("<blank>", "<s>", "</s>")
+    names = [*marks, *sorted(found - {*marks, "<unk>"}), "<unk>"]
+    words = {name: (name,) for name in names[len(marks) : -1]} if unit == "word" else None
+    return build_paraformer_char_tokenizer({name: number for number, name in enumerate(names)}, seg_dict=words)
 
 
 def build_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase":
@@ -64,8 +108,6 @@ def build_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase
     """
     from hf_speechllm.upstream.tokens import build_char_tokenizer, build_word_tokenizer
 
-    if unit not in ("word", "char"):
-        raise ValueError(f"unit: expected 'word' or 'char', found {unit!r}; give a BPE tokenizer as a folder")
     found = {
         part for text in texts for part in (text.split() if unit == "word" else text.strip().replace(" ", "\u2581"))
     }
@@ -76,12 +118,7 @@ def build_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase
 
 def build_model(run: "RunConfig", tokenizer: "PreTrainedTokenizerBase", dataset):
     """A pretrained model, or a new one whose CMVN is measured on `dataset` without its augmentation."""
-    import torch
     from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
-
-    from hf_speechllm.data.dataset import SpeechRecognitionDataset, cmvn_statistics
-    from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
-    from hf_speechllm.models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
 
     switches = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     if run.model.pretrained is not None:
@@ -91,23 +128,45 @@ def build_model(run: "RunConfig", tokenizer: "PreTrainedTokenizerBase", dataset)
             setattr(config, key, value)
         model = AutoModelForSpeechSeq2Seq.from_pretrained(run.model.pretrained, config=config, **trust, **switches)
     else:
-        config = WenetU2ppConfig(
+        extractor, shape = dataset.feature_extractor, {}
+        if run.model.model_type == "funasr_paraformer":
+            shape = {"input_size": extractor.lfr_m * extractor.feature_size, "stacked_frames": extractor.lfr_n}
+        config = AutoConfig.for_model(
+            run.model.model_type,
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **run.model.config,
+            **shape | run.model.config,
         )
-        model = WenetU2ppForSpeechRecognition._from_config(config, **switches)
-        if run.model.compute_cmvn and config.has_cmvn:
-            plain = SpeechRecognitionDataset(dataset.utterances, dataset.feature_extractor, tokenizer)
-            mean, inverse_std = cmvn_statistics(plain)
-            with torch.no_grad():
-                model.model.encoder.cmvn.mean.copy_(mean)
-                model.model.encoder.cmvn.inverse_std.copy_(inverse_std)
+        model = AutoModelForSpeechSeq2Seq.from_config(config, **switches)
+        if run.model.compute_cmvn:
+            measure_cmvn(model, dataset)
     if run.model.experts_implementation is not None:
         model.set_experts_implementation(run.model.experts_implementation)
     return model
+
+
+def measure_cmvn(model, dataset) -> None:
+    """Mean and variance of the features without augmentation, where the family keeps them.
+
+    WeNet: in the encoder, unless the configuration has none. FunASR: in the feature extractor, that of `dataset`.
+    """
+    import torch
+
+    from hf_speechllm.data.dataset import SpeechRecognitionDataset, cmvn_statistics
+
+    is_wenet = model.config.model_type == "wenet_u2pp"
+    if is_wenet and not model.config.has_cmvn:
+        return
+    extractor = dataset.feature_extractor
+    mean, inverse_std = cmvn_statistics(SpeechRecognitionDataset(dataset.utterances, extractor, dataset.tokenizer))
+    if is_wenet:
+        with torch.no_grad():
+            model.model.encoder.cmvn.mean.copy_(mean)
+            model.model.encoder.cmvn.inverse_std.copy_(inverse_std)
+    else:
+        extractor.cmvn_mean, extractor.cmvn_inverse_std = mean.tolist(), inverse_std.tolist()
 
 
 def count_parameters(model) -> dict[str, int]:
@@ -150,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     import torch
-    from transformers import AutoProcessor, set_seed
+    from transformers import AutoConfig, AutoProcessor, set_seed
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.data.collator import SpeechRecognitionCollator
@@ -171,8 +230,13 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.seed)
 
     train_utterances = read_sources(run.data.train, run.data)
+    label_maker = None
     if run.model.pretrained is not None:
-        processor = AutoProcessor.from_pretrained(run.model.pretrained, trust_remote_code=run.model.trust_remote_code)
+        trust = {"trust_remote_code": run.model.trust_remote_code}
+        processor = AutoProcessor.from_pretrained(run.model.pretrained, **trust)
+        if AutoConfig.from_pretrained(run.model.pretrained, **trust).model_type == "funasr_sensevoice":
+            # Labels are language, emotion, event and text normalisation, from columns of the manifest, then the text.
+            label_maker = processor.label_ids_of_row
     else:
         processor = build_processor(run, train_utterances)
     parts = (processor.feature_extractor, processor.tokenizer)
@@ -186,12 +250,14 @@ def main(argv: Sequence[str]) -> None:
         max_seconds=run.data.max_seconds,
         min_tokens=run.data.min_tokens,
         max_tokens=run.data.max_tokens,
+        label_maker=label_maker,
     )
     validation = read_sources(run.data.validation, run.data)
-    eval_set = SpeechRecognitionDataset(validation, *parts) if validation else None
+    eval_set = SpeechRecognitionDataset(validation, *parts, label_maker=label_maker) if validation else None
 
     model = build_model(run, processor.tokenizer, train_set)
-    processor.subsampling_rate, processor.right_context = model.config.subsampling_rate, model.config.right_context
+    if run.model.pretrained is None and run.model.model_type == "wenet_u2pp":
+        processor.subsampling_rate, processor.right_context = model.config.subsampling_rate, model.config.right_context
     freeze(model, run.model.freeze)
     with whole_parameters(model):
         sizes = count_parameters(model)

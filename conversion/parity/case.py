@@ -9,6 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_speechllm.upstream.yaml_config import read_yaml_mapping
+
+
+# Entries of a FunASR case's `case.json` that describe the case and are no outputs.
+_DESCRIPTIONS = {
+    *("argmax_margin", "cif_margin", "index", "margins", "name", "note", "seed", "special_ids", "tensors"),
+    *("tolerance", "upstream", "vocab_size"),
+}
+# Their tolerance, which `case.json` says in words.
+_FUNASR_ATOL, _FUNASR_RTOL = 2e-5, 1e-4
+
 
 @dataclass
 class Case:
@@ -34,11 +45,16 @@ class Case:
         facts = json.loads((directory / "case.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "io.safetensors")
         tolerance = facts.get("tolerance", {})
+        if "family" not in facts:
+            return cls(directory, facts, tensors, _FUNASR_ATOL, _FUNASR_RTOL)
         return cls(directory, facts, tensors, float(tolerance.get("atol", 1e-4)), float(tolerance.get("rtol", 1e-4)))
 
     @property
     def family(self) -> str:
-        return self.facts["family"]
+        """What `case.json` says or, for a FunASR pack, the model that its `config.yaml` names."""
+        if "family" in self.facts:
+            return self.facts["family"]
+        return str(read_yaml_mapping(self.directory / "config.yaml").get("model"))
 
     @property
     def decodes(self) -> dict[str, Any]:
@@ -46,12 +62,30 @@ class Case:
 
     def expected_names(self) -> set[str]:
         """Everything that must be looked at: tensors (also those only described), decodes, gradients."""
+        if "family" not in self.facts:
+            return set(self.tensors) | self.fact_names()
         names = set(self.tensors) | set(self.facts.get("tensors", {}))
         names |= {f"decodes/{name}" for name in self.decodes}
         names |= {f"gradients/{name}" for name in self.facts.get("gradients", {}).get("norms", {})}
         if "total_norm" in self.facts.get("gradients", {}):
             names.add("gradients/total_norm")
         names |= {f"state_dict/{name}" for name in self.facts.get("state_dict", {})}
+        return names
+
+    def fact_names(self) -> set[str]:
+        """The outputs in a FunASR case's `case.json`: `key`, `key.entry`, `key[i]` or `key[i].entry`."""
+        names = set()
+        for key, value in self.facts.items():
+            if key in _DESCRIPTIONS:
+                continue
+            items = (
+                [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else [(key, value)]
+            )
+            for name, item in items:
+                if isinstance(item, dict):
+                    names |= {f"{name}.{entry}" for entry in item if entry not in _DESCRIPTIONS}
+                else:
+                    names.add(name)
         return names
 
     def use(self, *names: str) -> None:

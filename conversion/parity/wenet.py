@@ -22,8 +22,10 @@ from hf_speechllm.models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognitio
 from hf_speechllm.models.processing_wenet_u2pp import WenetU2ppProcessor
 from hf_speechllm.models.streaming import EncoderStreamingState
 from hf_speechllm.upstream.cmvn import read_cmvn
+from hf_speechllm.upstream.yaml_config import read_yaml_mapping
 
 from .case import Case, as_float
+from .wenet_paraformer import check_wenet_paraformer
 
 
 # float32 rounding of the power spectrum, relative to the strongest mel band of a frame.
@@ -32,6 +34,9 @@ _SPECTRUM_ROUNDING = 1e-6
 
 def check_wenet(case: Case, work: Path) -> None:
     """Convert the pack of `case` into `work` and check every expected value."""
+    if read_yaml_mapping(case.directory / "train.yaml").get("model") == "paraformer":
+        check_wenet_paraformer(case, work)
+        return
     convert_wenet_pack(case.directory, work / "model")
     model = WenetU2ppForSpeechRecognition.from_pretrained(work / "model", padding="upstream").eval()
     processor = WenetU2ppProcessor.from_pretrained(work / "model")

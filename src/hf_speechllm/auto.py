@@ -15,8 +15,10 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
+    AutoModelForAudioFrameClassification,
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,23 +28,39 @@ from transformers import (
 )
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
+from .models.configuration_funasr_ct_transformer import FunasrCtTransformerConfig
+from .models.configuration_funasr_fsmn_vad import FunasrFsmnVadConfig
+from .models.configuration_funasr_paraformer import FunasrParaformerConfig
+from .models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
 from .models.configuration_wenet_u2pp import WenetU2ppConfig
 from .models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
+from .models.modeling_funasr_ct_transformer import FunasrCtTransformerForTokenClassification
+from .models.modeling_funasr_fsmn_vad import FunasrFsmnVadForAudioFrameClassification
+from .models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
+from .models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
 from .models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
+from .models.processing_funasr_paraformer import FunasrParaformerProcessor
+from .models.processing_funasr_sensevoice import FunasrSenseVoiceProcessor
 from .models.processing_wenet_u2pp import WenetU2ppProcessor
+from .models.tokenization_funasr_paraformer import FunasrParaformerTokenizer
+from .models.tokenization_funasr_sensevoice import FunasrSenseVoiceTokenizer
 from .models.tokenization_wenet_u2pp import WenetU2ppTokenizer
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: `model` is what every class in `auto_models` loads; the first of them is the main one."""
+    """One model family: `model` is what every class in `auto_models` loads; the first of them is the main one.
+
+    A detector of speech has no text, hence neither tokenizer nor processor; a punctuation model has no audio, and the
+    tokenizer of transformers itself.
+    """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     auto_models: tuple[type, ...]
-    feature_extractor: type[SequenceFeatureExtractor]
-    tokenizer: type[PreTrainedTokenizerBase]
-    processor: type[ProcessorMixin]
+    feature_extractor: type[SequenceFeatureExtractor] | None = None
+    tokenizer: type[PreTrainedTokenizerBase] | None = None
+    processor: type[ProcessorMixin] | None = None
 
 
 FAMILIES = (
@@ -54,18 +72,47 @@ FAMILIES = (
         tokenizer=WenetU2ppTokenizer,
         processor=WenetU2ppProcessor,
     ),
+    Family(
+        config=FunasrParaformerConfig,
+        model=FunasrParaformerForSpeechRecognition,
+        auto_models=(AutoModelForSpeechSeq2Seq, AutoModel),
+        feature_extractor=KaldiFbankFeatureExtractor,
+        tokenizer=FunasrParaformerTokenizer,
+        processor=FunasrParaformerProcessor,
+    ),
+    Family(
+        config=FunasrSenseVoiceConfig,
+        model=FunasrSenseVoiceForSpeechRecognition,
+        auto_models=(AutoModelForSpeechSeq2Seq, AutoModelForCTC, AutoModel),
+        feature_extractor=KaldiFbankFeatureExtractor,
+        tokenizer=FunasrSenseVoiceTokenizer,
+        processor=FunasrSenseVoiceProcessor,
+    ),
+    Family(
+        config=FunasrFsmnVadConfig,
+        model=FunasrFsmnVadForAudioFrameClassification,
+        auto_models=(AutoModel, AutoModelForAudioFrameClassification),
+        feature_extractor=KaldiFbankFeatureExtractor,
+    ),
+    Family(
+        config=FunasrCtTransformerConfig,
+        model=FunasrCtTransformerForTokenClassification,
+        auto_models=(AutoModel, AutoModelForTokenClassification),
+    ),
 )
 
 for family in FAMILIES:
     AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
-    AutoFeatureExtractor.register(family.config, family.feature_extractor, exist_ok=True)
-    AutoTokenizer.register(family.config, tokenizer_class=family.tokenizer, exist_ok=True)
-    AutoProcessor.register(family.config, family.processor, exist_ok=True)
+    family.config.register_for_auto_class()
     for auto_model in family.auto_models:
         auto_model.register(family.config, family.model, exist_ok=True)
-
-    family.config.register_for_auto_class()
     family.model.register_for_auto_class(family.auto_models[0].__name__)
-    family.feature_extractor.register_for_auto_class()
-    family.tokenizer.register_for_auto_class()
-    family.processor.register_for_auto_class()
+    if family.feature_extractor is not None:
+        AutoFeatureExtractor.register(family.config, family.feature_extractor, exist_ok=True)
+        family.feature_extractor.register_for_auto_class()
+    if family.tokenizer is not None:
+        AutoTokenizer.register(family.config, tokenizer_class=family.tokenizer, exist_ok=True)
+        family.tokenizer.register_for_auto_class()
+    if family.processor is not None:
+        AutoProcessor.register(family.config, family.processor, exist_ok=True)
+        family.processor.register_for_auto_class()

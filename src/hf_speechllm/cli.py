@@ -115,6 +115,19 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
     return network, processor
 
 
+def _load_helper(model: str, trust_remote_code: bool, with_tokenizer: bool = False) -> Any:
+    """A detector of speech in evaluation mode, or a punctuation model and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        network = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code).eval()
+        if not with_tokenizer:
+            return network
+        return network, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _fail(f"{model}: cannot be loaded: {error}") from error
+
+
 def _read_hotwords(path: Path | None) -> list[str] | None:
     if path is None:
         return None
@@ -134,7 +147,11 @@ def transcribe(
     chunk_length: Annotated[
         float | None, typer.Option(min=0.5, help="Cut long audio into overlapping windows of this many seconds.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files (or windows) per forward pass.")] = 1,
+    vad: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a detector of speech: cut audio at its pauses.")
+    ] = None,
+    punctuation: Annotated[str | None, typer.Option(help="Folder or Hub id of a punctuation model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files (or windows, or pieces) per forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write here instead of standard output.", dir_okay=False)
@@ -147,6 +164,8 @@ def transcribe(
     """
     if format in (Format.srt, Format.vtt) and len(files) > 1:
         raise _fail(f"--format {format.value} takes one file, got {len(files)}", code=2)
+    if vad is not None and chunk_length is not None:
+        raise _fail("--chunk-length: with --vad the pauses decide where audio is cut; give one of the two", code=2)
     network, processor = _load(_resolve_model(model), trust_remote_code)
 
     from .models.pipeline_speech_recognition import SpeechRecognitionPipeline
@@ -162,6 +181,10 @@ def transcribe(
         options["num_beams"] = num_beams
     if chunk_length is not None:
         options["chunk_length_s"] = chunk_length
+    if vad is not None:
+        options["vad"] = _load_helper(vad, trust_remote_code)
+    if punctuation is not None:
+        options["punctuation"] = _load_helper(punctuation, trust_remote_code, with_tokenizer=True)
     recognise = SpeechRecognitionPipeline(
         model=network,
         processor=processor,
@@ -367,10 +390,16 @@ def info(
         "vocabulary": config.vocab_size,
         "sampling_rate": processor.feature_extractor.sampling_rate,
         "seconds_per_frame": config.inputs_to_logits_ratio / processor.feature_extractor.sampling_rate,
-        "encoder": f"{config.num_hidden_layers} x {config.hidden_size} {config.encoder_type}, {config.mlp_type}",
-        "decoder_layers": config.decoder_layers + config.right_decoder_layers,
-        "streaming": config.is_streamable,
+        "encoder": f"{config.num_hidden_layers} x {config.hidden_size}",
     }
+    if config.model_type == "wenet_u2pp":
+        facts["encoder"] += f" {config.encoder_type}, {config.mlp_type}"
+        facts["decoder_layers"] = config.decoder_layers + config.right_decoder_layers
+        facts["streaming"] = config.is_streamable
+    elif config.model_type == "funasr_sensevoice":
+        facts["languages"] = ", ".join(config.language_prompt_ids)
+        facts["emotions"] = ", ".join(config.emotion_token_ids)
+        facts["events"] = ", ".join(config.event_token_ids)
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value}")

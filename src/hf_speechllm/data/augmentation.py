@@ -4,7 +4,9 @@ Nothing here touches a global random number generator: [`sample_generator`] make
 epoch, and everything that is drawn for that sample comes from it in a fixed order. A resumed run, another number of
 workers or another batch composition therefore gives the same features bit by bit.
 
-Waveforms are float32 in [-1, 1], shape `(samples,)`; features are log-mel, shape `(frames, bins)`, before CMVN.
+Waveforms are float32 in [-1, 1], shape `(samples,)`; features are log-mel, shape `(frames, bins)`, before CMVN. What
+masks frames (`mask_features`) works on what the feature extractor gives to the model: WeNet's has no CMVN, FunASR's
+has, and stacks frames; both toolkits mask there.
 """
 
 from collections.abc import Callable, Sequence
@@ -190,7 +192,7 @@ def spec_augment(
     num_frequency_masks: int = 2,
     max_frequency_mask: int = 10,
 ) -> np.ndarray:
-    """SpecAugment (arXiv 1904.08779) as WeNet applies it: spans are set to **0 before CMVN**.
+    """SpecAugment (arXiv 1904.08779): spans of what the extractor gives are set to 0 (in WeNet that is before CMVN).
 
     A span starts uniformly on its axis and is 1 to the largest length long, cut at the axis' end.
 
@@ -261,16 +263,21 @@ def augment_waveform(waveform: np.ndarray, config: AugmentationConfig, rng: np.r
     return (waveform / np.float32(peak) if peak > 1.0 else waveform).astype(np.float32)
 
 
-def augment_features(
+def augment_log_mel(
     features: np.ndarray, config: AugmentationConfig, rng: np.random.Generator, sampling_rate: int
 ) -> np.ndarray:
-    """Frequency warp and equaliser, then SpecAugment, SpecSub and SpecTrim in WeNet's order."""
+    """Frequency warp and equaliser, for log-mel `(frames, bins)` before stacking and CMVN."""
     warped, factor = rng.random(), rng.uniform(*config.warp_factors)
     equalized = rng.random()
     if warped < config.warp_probability:
         features = warp_frequencies(features, factor, sampling_rate)
     if equalized < config.equalizer_probability:
         features = equalize(features, config.equalizer_db, rng)
+    return np.ascontiguousarray(features, dtype=np.float32)
+
+
+def mask_features(features: np.ndarray, config: AugmentationConfig, rng: np.random.Generator) -> np.ndarray:
+    """SpecAugment, SpecSub and SpecTrim in WeNet's order, for features `(frames, size)` as the model gets them."""
     if config.spec_aug:
         features = spec_augment(
             features,

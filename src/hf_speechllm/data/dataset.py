@@ -5,8 +5,9 @@ What happens to item `i` in epoch `e` is settled by the plan of `(seed, e, i)` a
 also tells its length before any audio is touched; the bucketing sampler relies on that.
 """
 
+import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from hf_speechllm.audio import load_audio, resample
 from hf_speechllm.data.augmentation import (
     AugmentationConfig,
-    augment_features,
+    augment_log_mel,
     augment_waveform,
     change_speed,
     change_tempo,
     join_clips,
+    mask_features,
     sample_generator,
 )
 from hf_speechllm.data.manifests import Utterance
 from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
+from hf_speechllm.models.kaldi_fbank import low_frame_rate
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ClipPlan:
         gaps (`tuple[int, ...]`): silence in samples before, between and after the clips.
         silence_levels (`tuple[float, ...]`): level of each gap in dB relative to full scale.
         tempo (`float`): change of duration applied to the features.
-        num_frames (`int`): feature frames that result, before SpecTrim.
+        num_frames (`int`): feature frames that result, after stacking and before SpecTrim.
     """
 
     clips: tuple[int, ...]
@@ -47,6 +50,25 @@ class ClipPlan:
     silence_levels: tuple[float, ...]
     tempo: float
     num_frames: int
+
+
+def log_mel_extractor(extractor: KaldiFbankFeatureExtractor) -> KaldiFbankFeatureExtractor:
+    """The same filter banks without stacking and CMVN."""
+    plain = copy.copy(extractor)
+    plain.lfr_m = plain.lfr_n = 1
+    plain.cmvn_mean = plain.cmvn_inverse_std = None
+    return plain
+
+
+def stack_and_normalize(log_mel: torch.Tensor, extractor: KaldiFbankFeatureExtractor) -> torch.Tensor:
+    """The extractor's stacking and CMVN: `(frames, bins)` to `(ceil(frames / lfr_n), lfr_m * bins)`."""
+    features = log_mel
+    if extractor.lfr_m > 1 or extractor.lfr_n > 1:
+        features = low_frame_rate(features[None], torch.tensor([len(features)]), extractor.lfr_m, extractor.lfr_n)[0]
+    if extractor.cmvn_mean is not None:
+        mean, inverse_std = torch.tensor(extractor.cmvn_mean), torch.tensor(extractor.cmvn_inverse_std)
+        features = (features - mean) * inverse_std
+    return features
 
 
 def _resample(waveform: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -65,6 +87,9 @@ class SpeechRecognitionDataset(Dataset):
         separator (`str`): put between the texts of joined clips; `" "` for languages that write spaces, else `""`.
         min_seconds, max_seconds (`float`): clips outside are left out.
         min_tokens, max_tokens (`int`): clips whose label is shorter or longer are left out.
+        label_maker (`Callable`, *optional*): text and the columns of its manifest row to label ids, in place of the
+            tokenizer, for labels that are more than the text (`FunasrSenseVoiceProcessor.label_ids_of_row`). Joined
+            clips have the columns of the first.
 
     Raises:
         ValueError: no utterance is left, or two clips are to be joined that do not name their speaker.
@@ -82,7 +107,9 @@ class SpeechRecognitionDataset(Dataset):
         max_seconds: float = 102.4,
         min_tokens: int = 1,
         max_tokens: int = 200,
+        label_maker: Callable[[str, Mapping[str, str]], list[int]] | None = None,
     ):
+        self.label_maker = label_maker
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
         self.augmentation = augmentation
@@ -98,7 +125,7 @@ class SpeechRecognitionDataset(Dataset):
             if seconds is None:
                 waveform = load_audio(utterance.audio, feature_extractor.sampling_rate)
                 seconds = waveform.size / feature_extractor.sampling_rate
-            tokens = len(self._labels(utterance.text))
+            tokens = len(self._labels(utterance.text, utterance.columns))
             if not (min_seconds <= seconds <= max_seconds and min_tokens <= tokens <= max_tokens):
                 continue
             if waveform is not None:
@@ -142,7 +169,8 @@ class SpeechRecognitionDataset(Dataset):
         """
         config, rate = self.augmentation, self.feature_extractor.sampling_rate
         if config is None:
-            return ClipPlan((index,), (1.0,), (0, 0), (0.0, 0.0), 1.0, self._frames(self._nominal_samples[index]))
+            frames = self._stacked(self._frames(self._nominal_samples[index]))
+            return ClipPlan((index,), (1.0,), (0, 0), (0.0, 0.0), 1.0, frames)
         rng = rng or sample_generator(self.seed, epoch, index)
         weights = np.cumsum(config.join_weights)
         count = 1 + int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))
@@ -158,7 +186,8 @@ class SpeechRecognitionDataset(Dataset):
         samples = sum(gaps) + sum(
             self._nominal_samples[clip] / speed for clip, speed in zip(clips, speeds, strict=True)
         )
-        return ClipPlan(clips, speeds, gaps, silence_levels, tempo, int(round(self._frames(int(samples)) / tempo)))
+        frames = self._stacked(int(round(self._frames(int(samples)) / tempo)))
+        return ClipPlan(clips, speeds, gaps, silence_levels, tempo, frames)
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Feature frames of every item in `epoch`, int64 `(items,)`, from the plans (audio is not read)."""
@@ -172,13 +201,14 @@ class SpeechRecognitionDataset(Dataset):
                 leaves nothing to the state of this object.
 
         Returns:
-            `input_features` float32 `(frames, bins)` and `labels` int64 `(tokens,)`.
+            `input_features` float32 `(frames, lfr_m * bins)` and `labels` int64 `(tokens,)`.
         """
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
         config, rate = self.augmentation, self.feature_extractor.sampling_rate
         if config is None:
             features = self.feature_extractor(self.waveform(index), sampling_rate=rate).input_features[0]
-            return {"input_features": features, "labels": torch.tensor(self._labels(self.texts[index]))}
+            labels = self._labels(self.texts[index], self.utterances[index].columns)
+            return {"input_features": features, "labels": torch.tensor(labels)}
 
         rng = sample_generator(self.seed, epoch, index)
         plan = self.plan(index, epoch, rng)
@@ -191,12 +221,18 @@ class SpeechRecognitionDataset(Dataset):
         if config.dither > 0:
             seed = int(rng.integers(2**63))
             dither = {"dither": config.dither, "generator": torch.Generator().manual_seed(seed)}
-        features = self.feature_extractor(waveform, sampling_rate=rate, **dither).input_features[0].numpy()
-        features = augment_features(change_tempo(features, plan.tempo), config, rng, rate)
+        plain = log_mel_extractor(self.feature_extractor)
+        log_mel = plain(waveform, sampling_rate=rate, **dither).input_features[0].numpy()
+        log_mel = augment_log_mel(change_tempo(log_mel, plan.tempo), config, rng, rate)
+        features = stack_and_normalize(torch.from_numpy(log_mel), self.feature_extractor)
+        features = mask_features(features.numpy(), config, rng)
         text = self.separator.join(self.texts[clip] for clip in plan.clips)
-        return {"input_features": torch.from_numpy(features), "labels": torch.tensor(self._labels(text))}
+        labels = self._labels(text, self.utterances[plan.clips[0]].columns)
+        return {"input_features": torch.from_numpy(features), "labels": torch.tensor(labels)}
 
-    def _labels(self, text: str) -> list[int]:
+    def _labels(self, text: str, columns: Mapping[str, str]) -> list[int]:
+        if self.label_maker is not None:
+            return self.label_maker(text, columns)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _frames(self, samples: int) -> int:
@@ -205,16 +241,20 @@ class SpeechRecognitionDataset(Dataset):
             return 0
         return 1 + (samples - extractor.window_length) // extractor.hop_length
 
+    def _stacked(self, frames: int) -> int:
+        return -(-frames // self.feature_extractor.lfr_n)
+
 
 def cmvn_statistics(dataset: SpeechRecognitionDataset, max_items: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and inverse standard deviation per mel bin over (evenly spaced) items, accumulated in float64.
+    """Mean and inverse standard deviation per feature over (evenly spaced) items, accumulated in float64.
 
     Args:
         dataset ([`SpeechRecognitionDataset`]): without SpecAugment, whose zeros are not speech.
         max_items (`int`): at most this many items are read.
 
     Returns:
-        two float32 tensors of shape `(bins,)`; the variance is floored at 1e-20 as upstream.
+        two float32 tensors, one number per feature (a stacked frame has `lfr_m * bins`); the variance is floored at
+        1e-20 as upstream.
     """
     total = total_squares = 0.0
     count = 0

@@ -4,7 +4,7 @@ facts: the keys below, and what the template uses besides; see `model_cards/*.ya
 
 results: `{"rows": [{"model", "dataset", "split", "decoding", "chunk_size", "metric", "value", "per_seed"}, ...]}`,
 where `value` is the mean over seeds in percent, `per_seed` (optional) lists them, and `chunk_size` is -1 for full
-context.
+context. `substitutions`, `deletions` and `insertions` (optional, mean numbers) get a column.
 """
 
 import json

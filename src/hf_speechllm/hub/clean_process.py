@@ -33,11 +33,12 @@ def main(folder: str, audio_file: str, output_file: str) -> None:
     rate = processor.feature_extractor.sampling_rate
     features = processor(audio=audio.numpy(), sampling_rate=rate, return_tensors="pt")
     with torch.no_grad():
-        logits = model(**features).logits
+        output = model(**features)
         ids = model.generate(**features)
     recognise = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True, device="cpu")
     text = recognise({"array": audio.numpy(), "sampling_rate": rate})["text"]
-    save_file({"logits": logits.contiguous(), "ids": ids.contiguous()}, output_file)
+    tensors = {"logits": output.logits, "encoder": output.encoder_last_hidden_state, "ids": ids}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output_file)
     print(json.dumps({"class": type(model).__module__, "pipeline": type(recognise).__module__, "text": text}))
 
 

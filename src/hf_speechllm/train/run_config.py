@@ -41,6 +41,7 @@ class ModelArguments:
 
     Args:
         pretrained (`str`, *optional*): folder or Hub id to start from; without it a new model of `config` is made.
+        model_type (`str`): family of a new model, `"wenet_u2pp"` or `"funasr_paraformer"`.
         config (`dict`): fields of the model's configuration. With `pretrained` they override its own.
         compute_cmvn (`bool`): measure mean and variance of the training features for a new model.
         attn_implementation (`str`, *optional*), experts_implementation (`str`, *optional*): transformers' switches.
@@ -49,6 +50,7 @@ class ModelArguments:
     """
 
     pretrained: str | None = None
+    model_type: str = "wenet_u2pp"
     config: dict[str, Any] = field(default_factory=dict)
     compute_cmvn: bool = True
     attn_implementation: str | None = None
@@ -64,10 +66,11 @@ class DataArguments:
     Args:
         data_dir (`str`, *optional*): folder that relative paths in `train` and `validation` start from.
         train (`list`): sources that are trained on together; each a path, or a mapping with `path`, `where` (column
-            filter) and `repeat` (how often an epoch has it), or with `hub`, `split`, `audio_column`, `text_column`.
+            filter), `repeat` (how often an epoch has it) and `columns` (values of columns that its rows lack), or with
+            `hub`, `split`, `audio_column`, `text_column`.
         validation (`list`): the same, for the evaluation while training.
         tokenizer (`str`, *optional*): folder of a tokenizer, for a new model. Default: units from the training text.
-        unit (`str`): `"word"`, `"char"`: what the units of a new tokenizer are.
+        unit (`str`): `"word"` or `"char"`: what the units of a new tokenizer are.
         feature_extractor (`dict`): arguments of `KaldiFbankFeatureExtractor` for a new model.
         separator (`str`): between the texts of joined clips.
         min_seconds, max_seconds, min_tokens, max_tokens: clips outside are left out of training.

@@ -20,7 +20,17 @@ from hf_speechllm.train.schedules import wenet_warmup_scheduler
 logger = logging.get_logger(__name__)
 
 # Scalars of the model's output that are logged beside the loss, where the model returns them.
-LOGGED_OUTPUTS = ("loss_ctc", "loss_att", "accuracy")
+LOGGED_OUTPUTS = (
+    "loss_ctc",
+    "loss_att",
+    "loss_rich",
+    "loss_length",
+    "loss_timestamp_length",
+    "loss_hotword",
+    "loss_mwer",
+    "expected_errors",
+    "accuracy",
+)
 _DECODINGS_WITHOUT_DECODER = ("ctc_greedy", "ctc_prefix_beam_search")
 
 
@@ -33,7 +43,8 @@ class SpeechTrainingArguments(TrainingArguments):
         max_items_per_batch (`int`): largest number of utterances per process and step.
         bucket_window (`int`): utterances that are sorted by length together.
         schedule (`str`): `"warmuplr"` is WeNet's, with `warmup_steps`; `"transformers"` uses `lr_scheduler_type`.
-        eval_decoding (`str`): `decoding` of `model.generate` during evaluation; with ZeRO-3 one of CTC alone.
+        eval_decoding (`str`): `decoding` of `model.generate` during evaluation, `"default"` for a model that has only
+            one; with ZeRO-3 one of CTC alone.
         average_checkpoints (`int`): how many checkpoints the final model is the mean of; 0 or 1 keeps the last.
         average_by (`str`, *optional*): metric that chooses them, e.g. `"eval_wer"`; `None` takes the last ones.
         log_expert_load (`bool`): log the smallest and the largest share of the frames (decoder: tokens) since the last
@@ -155,10 +166,11 @@ class SpeechRecognitionTrainer(Trainer):
             loss = self.compute_loss(model, inputs).detach()
             if prediction_loss_only:
                 return loss, None, None
+            decoding = self.args.eval_decoding
             ids = self.accelerator.unwrap_model(model).generate(
                 input_features=inputs["input_features"],
                 attention_mask=inputs["attention_mask"],
-                decoding=self.args.eval_decoding,
+                **({} if decoding == "default" else {"decoding": decoding}),
             )
         return loss, ids, inputs["labels"]
 

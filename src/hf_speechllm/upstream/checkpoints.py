@@ -18,6 +18,7 @@ import torch
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import require_regular_file
+from .memory_pages import release_pages
 
 
 MAX_CHECKPOINT_BYTES = 64 << 30
@@ -47,7 +48,7 @@ _DTYPES = {
 
 
 def read_state_dict(
-    path: str | PathLike[str], *, allowed_scalars: frozenset[str] = frozenset()
+    path: str | PathLike[str], *, allowed_scalars: frozenset[str] = frozenset(), wrappers: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
     """Reads a zip-format checkpoint that is a flat mapping of names to tensors.
 
@@ -55,6 +56,8 @@ def read_state_dict(
 
     Args:
         allowed_scalars: names that may hold a plain number (`"epoch"`, …); they are left out of the result.
+        wrappers: names under which a trainer's checkpoint holds the weights beside its own state, which is left out;
+            tried in this order, each on the result of the one before.
     Raises:
         UnsafeArtifactError: not a zip written by `torch.save`, a member that is compressed or oddly named, a callable
             outside of the allow-list, a tensor that its storage does not cover, or a value that is not finite.
@@ -71,6 +74,9 @@ def read_state_dict(
         ) from None
     if not isinstance(content, dict):
         raise ConversionError("checkpoint is not a mapping", file=path, actual=type(content).__name__)
+    for wrapper in wrappers:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
     tensors: dict[str, torch.Tensor] = {}
     total = 0
     budget = 2 * path.stat().st_size
@@ -91,6 +97,7 @@ def read_state_dict(
                 raise UnsafeArtifactError("tensors overlap too often", file=path, key=name, expected=f"{budget} bytes")
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UnsafeArtifactError("weight is not finite", file=path, key=name, actual="NaN or infinity")
+            release_pages(value)
         tensors[name] = value.detach()
     if not tensors:
         raise ConversionError("checkpoint holds no tensors", file=path)

@@ -45,17 +45,29 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool
 
 
-def read_sentencepiece_model(path: str | PathLike[str]) -> SentencePieceModel:
+def read_sentencepiece_model(
+    path: str | PathLike[str], *, user_defined: bool = False, byte_fallback: bool = False
+) -> SentencePieceModel:
     """Reads the pieces and the normaliser of a unigram or bpe model.
 
+    Args:
+        user_defined: whether a bpe model may have user-defined pieces (symbols that are never split or merged).
+        byte_fallback: whether byte pieces, which spell unknown characters, may occur.
     Raises:
         UnsafeArtifactError: not a well-formed message of this kind, or over the limits.
         ConversionError: a feature that a `tokenizer.json` cannot reproduce (named in the message).
     """
-    return parse_sentencepiece_model(read_bytes(path, MAX_MODEL_BYTES), path)
+    data = read_bytes(path, MAX_MODEL_BYTES)
+    return parse_sentencepiece_model(data, path, user_defined=user_defined, byte_fallback=byte_fallback)
 
 
-def parse_sentencepiece_model(data: bytes, path: str | PathLike[str] = "<bytes>") -> SentencePieceModel:
+def parse_sentencepiece_model(
+    data: bytes,
+    path: str | PathLike[str] = "<bytes>",
+    *,
+    user_defined: bool = False,
+    byte_fallback: bool = False,
+) -> SentencePieceModel:
     """`read_sentencepiece_model` for bytes in memory; `path` only serves the messages."""
     pieces: list[SentencePiece] = []
     trainer: dict[int, object] = {}
@@ -88,7 +100,8 @@ def parse_sentencepiece_model(data: bytes, path: str | PathLike[str] = "<bytes>"
     if not _varint_field(normalizer, 5, 1, path, "normalizer_spec.escape_whitespaces"):
         raise ConversionError("not supported", file=path, key="normalizer_spec.escape_whitespaces", actual=False)
     for piece in pieces:
-        if piece.type in (UNUSED, BYTE) or (piece.type == USER_DEFINED and model_type == "bpe"):
+        refused = {UNUSED: True, BYTE: not byte_fallback, USER_DEFINED: model_type == "bpe" and not user_defined}
+        if refused.get(piece.type, False):
             kind = {UNUSED: "unused", BYTE: "byte", USER_DEFINED: "user-defined"}[piece.type]
             raise ConversionError(
                 f"{kind} pieces are not supported in a {model_type} model", file=path, key=piece.text

@@ -56,7 +56,7 @@ def build_char_tokenizer(
         steps += _upper_case(units)
         steps.append(normalizers.Replace(Regex(f"{_SPACE}+(?={NON_LINGUISTIC_PATTERN})"), ""))
         steps.append(normalizers.Replace(Regex(f"(?:{NON_LINGUISTIC_PATTERN})\\K{_SPACE}+"), ""))
-    listed = "|".join(_escape(symbol) for symbol in symbols)
+    listed = "|".join(escape_pattern(symbol) for symbol in symbols)
     if split_with_space:
         splits = [pre_tokenizers.Split(Regex(listed), "isolated")] if listed else []
         splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.Sequence(
@@ -67,7 +67,7 @@ def build_char_tokenizer(
         steps.append(normalizers.Replace(" ", WORD_BOUNDARY))
         listed = listed.replace(" ", WORD_BOUNDARY)
         splitter = pre_tokenizers.Split(Regex(f"{listed}|[\\s\\S]" if listed else "[\\s\\S]"), "isolated")
-        decoder = _join_units()
+        decoder = join_units()
     tokenizer = Tokenizer(models.WordLevel(dict(units), unk_token=unk_token))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = splitter
@@ -131,10 +131,10 @@ def build_bpe_tokenizer(
         scores = _unigram_scores(table, pieces, symbols)
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=units.get(unk_token), byte_fallback=False))
     else:
-        tokenizer = Tokenizer(models.BPE(table, _merges(pieces), unk_token=unk_token, fuse_unk=True))
+        tokenizer = Tokenizer(models.BPE(table, merge_rules(pieces), unk_token=unk_token, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(_bpe_normalizers(table, model, non_linguistic_symbols))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"[{_OPEN}{_CLOSE}]"), "removed")
-    tokenizer.decoder = _join_units()
+    tokenizer.decoder = join_units()
     return _wrap(
         tokenizer,
         units,
@@ -173,7 +173,7 @@ def _unigram_scores(table: dict[str, int], pieces: dict, symbols: list[str]) -> 
     return scores
 
 
-def _merges(pieces: dict) -> list[tuple[str, str]]:
+def merge_rules(pieces: dict) -> list[tuple[str, str]]:
     """Every split of a piece into two pieces, best priority first; equal priorities in the order of the pieces."""
     ranked = []
     for order, piece in enumerate(pieces.values()):
@@ -193,7 +193,7 @@ def _bpe_normalizers(
     start, end = f"(?:\\A|(?<={_CLOSE}))", f"(?={_OPEN}|\\z)"
     steps = [_strip_line(), replace(f"[{_OPEN}{_CLOSE}]", _FOREIGN), *_upper_case(table)]
     if non_linguistic_symbols is not None:
-        listed = "|".join(_escape(symbol) for symbol in non_linguistic_symbols) or "(?!)"
+        listed = "|".join(escape_pattern(symbol) for symbol in non_linguistic_symbols) or "(?!)"
         other = f"(?!{listed})(?:{NON_LINGUISTIC_PATTERN})"
         steps += [
             replace(f"(?={other})", _OPEN + _CLOSE),
@@ -206,7 +206,7 @@ def _bpe_normalizers(
         replace(f"(?<={_CJK})", _CLOSE),
         replace(f"{start}{_SPACE}+{end}", ""),
     ]
-    steps += _character_map(table, charsmap_rules(model.precompiled_charsmap))
+    steps += character_map_steps(table, charsmap_rules(model.precompiled_charsmap))
     if model.remove_extra_whitespaces:
         steps += [replace(" {2,}", " "), replace(f"{start} ", "")]
     if model.add_dummy_prefix:
@@ -238,7 +238,7 @@ def _upper_case(tokens: Iterable[str]) -> list[normalizers.Normalizer]:
     return _replacements(rules)
 
 
-def _character_map(tokens: Iterable[str], rules: dict[str, str]) -> list[normalizers.Normalizer]:
+def character_map_steps(tokens: Iterable[str], rules: dict[str, str]) -> list[normalizers.Normalizer]:
     """The rules of a character map that make a difference to `tokens`, longest texts first.
 
     They are spelled out because the normaliser for complete maps (`Precompiled`, tokenizers 0.23) fails with an index
@@ -272,11 +272,11 @@ def _code(character: str) -> str:
     return f"\\x{{{ord(character):x}}}"
 
 
-def _join_units() -> decoders.Decoder:
+def join_units() -> decoders.Decoder:
     return decoders.Sequence([decoders.Replace(WORD_BOUNDARY, " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)])
 
 
-def _escape(text: str) -> str:
+def escape_pattern(text: str) -> str:
     return "".join(f"\\{character}" if character in r"\^$.|?*+()[]{}-" else character for character in text)
 
 
