@@ -1,4 +1,4 @@
-"""transformers' own `ModelTesterMixin` on tiny U2++ configurations, dense and mixture-of-experts.
+"""transformers' own `ModelTesterMixin` on tiny recognisers: U2++ (dense, mixture-of-experts), Paraformer, SenseVoice.
 
 `python tests/fetch_transformers_tests.py` fetches the mixin (needs the network once); without it these tests skip.
 """
@@ -7,10 +7,16 @@ import sys
 import unittest
 
 import pytest
+import tiny_funasr_paraformer
+import tiny_funasr_sensevoice
 import torch
 from fetch_transformers_tests import FOLDER, PACKAGE
 
+from hf_speechllm.models.configuration_funasr_paraformer import FunasrParaformerConfig
+from hf_speechllm.models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
 from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
+from hf_speechllm.models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
+from hf_speechllm.models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
 from hf_speechllm.models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
 
 
@@ -75,34 +81,80 @@ class WenetU2ppModelTester:
         }
 
 
+class ParaformerModelTester:
+    """As above, for a Paraformer whose weights fire a few tokens."""
+
+    batch_size = 3
+    seq_length = 11
+    encoder_seq_length = 11
+    num_hidden_layers = 2
+    num_attention_heads = 2
+    hidden_size = 16
+    is_training = True
+
+    def get_config(self) -> FunasrParaformerConfig:
+        return FunasrParaformerConfig(
+            **tiny_funasr_paraformer.BASE, hidden_dropout=0.0, attention_dropout=0.0, decoder_dropout=0.0
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FunasrParaformerConfig, dict]:
+        config = self.get_config()
+        return config, {
+            "input_features": torch.randn(self.batch_size, self.seq_length, config.input_size),
+            "attention_mask": torch.ones(self.batch_size, self.seq_length, dtype=torch.long),
+        }
+
+
+class SenseVoiceModelTester(ParaformerModelTester):
+    """As above, for SenseVoice: four prompt frames come before the audio."""
+
+    encoder_seq_length = 15
+
+    def get_config(self) -> FunasrSenseVoiceConfig:
+        sizes = {**tiny_funasr_sensevoice.BASE, "num_hidden_layers": 2, "num_timestamp_prediction_layers": 1}
+        return FunasrSenseVoiceConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0)
+
+
 # Tests of the mixin that do not fit, each with its reason. All others run as they are.
 NOT_APPLICABLE = {
-    "test_model_get_set_embeddings": "audio goes in; the vocabulary layers (CTC, left, right) share no embedding",
+    "test_model_get_set_embeddings": "audio goes in; the vocabulary layers share no embedding",
     "test_resize_tokens_embeddings": "as above: a vocabulary of another size is another model",
     "test_resize_embeddings_untied": "as above",
     "test_model_outputs_equivalence": "it subtracts tensors, and our encoder mask is boolean; replaced below",
-    "test_generation_tester_mixin_inheritance": "generate() is our own (CTC and rescoring), not GenerationMixin's",
+    "test_generation_tester_mixin_inheritance": "generate() is our own (CTC, rescoring, CIF), not GenerationMixin's",
 }
 
 
-class Dense(ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (WenetU2ppForSpeechRecognition,)
+# The first hidden state is the input of SAN-M's first layer, which has the width of the features.
+SANM = {
+    "test_hidden_states_output": "it expects the hidden size in the first state, which has the width of the features",
+    "test_retain_grad_hidden_states_attentions": "the first state is the scaled features, which have no gradient",
+}
+
+
+class RecogniserTests(ModelTesterMixin):
+    """What the families share; `labels` are those of a batch of three."""
+
+    not_applicable = NOT_APPLICABLE
     test_resize_embeddings = False
-    mlp_type = "dense"
+    labels = ((3, 4, 4, 5), (6, -100, -100, -100), (9, 8, 7, -100))
+
+    def make_tester(self) -> object:
+        raise NotImplementedError
 
     def setUp(self) -> None:
-        if self._testMethodName in NOT_APPLICABLE:
-            self.skipTest(NOT_APPLICABLE[self._testMethodName])
-        if self.mlp_type == "dense" and "batched_and_grouped" in self._testMethodName:
-            self.skipTest("a dense model has no experts; `MixtureOfExperts` runs it")
-        self.model_tester = WenetU2ppModelTester(self, self.mlp_type)
-        self.config_tester = ConfigTester(self, config_class=WenetU2ppConfig, hidden_size=16)
+        if self._testMethodName in self.not_applicable:
+            self.skipTest(self.not_applicable[self._testMethodName])
+        self.model_tester = self.make_tester()
+        self.config_tester = ConfigTester(
+            self, config_class=self.all_model_classes[0].config_class, hidden_size=16, common_properties=[]
+        )
 
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
         """The mixin knows the labels of transformers' own classes only."""
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         if return_labels:
-            inputs["labels"] = torch.tensor([[3, 4, 4, 5], [6, -100, -100, -100], [9, 8, 7, -100]])
+            inputs["labels"] = torch.tensor(self.labels)
         return inputs
 
     def test_config(self) -> None:
@@ -111,15 +163,30 @@ class Dense(ModelTesterMixin, unittest.TestCase):
     def test_tuple_is_the_output_class(self) -> None:
         """Replaces `test_model_outputs_equivalence`."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = WenetU2ppForSpeechRecognition._from_config(config, attn_implementation="eager").eval()
+        model = self.all_model_classes[0]._from_config(config, attn_implementation="eager").eval()
         for labelled in (False, True):
             prepared = self._prepare_for_class(inputs, type(model), return_labels=labelled)
             options = {"output_hidden_states": True, "output_attentions": True}
+            torch.manual_seed(0)
             named = model(**prepared, **options).to_tuple()
+            torch.manual_seed(0)
             plain = model(**prepared, **options, return_dict=False)
             self.assertEqual(len(named), len(plain))
             for one, other in zip(named, plain, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class Dense(RecogniserTests, unittest.TestCase):
+    all_model_classes = (WenetU2ppForSpeechRecognition,)
+    mlp_type = "dense"
+
+    def setUp(self) -> None:
+        super().setUp()
+        if self.mlp_type == "dense" and "batched_and_grouped" in self._testMethodName:
+            self.skipTest("a dense model has no experts; `MixtureOfExperts` runs it")
+
+    def make_tester(self) -> WenetU2ppModelTester:
+        return WenetU2ppModelTester(self, self.mlp_type)
 
 
 class MixtureOfExperts(Dense):
@@ -128,6 +195,30 @@ class MixtureOfExperts(Dense):
     test_all_params_have_gradient = False
 
 
+class Paraformer(RecogniserTests, unittest.TestCase):
+    all_model_classes = (FunasrParaformerForSpeechRecognition,)
+    not_applicable = NOT_APPLICABLE | SANM
+
+    def make_tester(self) -> ParaformerModelTester:
+        return ParaformerModelTester()
+
+
+class SenseVoice(RecogniserTests, unittest.TestCase):
+    all_model_classes = (FunasrSenseVoiceForSpeechRecognition,)
+    not_applicable = NOT_APPLICABLE | SANM
+    labels = tuple(
+        (*(tiny_funasr_sensevoice.ID[name] for name in answers), *text)
+        for answers, text in (
+            (("zh", "HAPPY", "Speech", "woitn"), (22, 23, 23)),
+            (("en", "SAD", "BGM", "withitn"), (25, -100, -100)),
+            (("ko", "NEUTRAL", "Speech", "woitn"), (30, 31, -100)),
+        )
+    )
+
+    def make_tester(self) -> SenseVoiceModelTester:
+        return SenseVoiceModelTester()
+
+
 def test_every_entry_of_the_skip_list_is_a_test_of_the_mixin() -> None:
     assert len(NOT_APPLICABLE) <= 10
-    assert [name for name in NOT_APPLICABLE if not hasattr(ModelTesterMixin, name)] == []
+    assert [name for name in NOT_APPLICABLE | SANM if not hasattr(ModelTesterMixin, name)] == []

@@ -7,6 +7,8 @@ between two peaks is the token before the second. Rules and numbers: upstream `t
 import torch
 from torch import Tensor
 
+from .cif import fire_rounded
+
 
 # A peak: the accumulated weight reaches the threshold up to rounding.
 _FIRE_THRESHOLD = 1.0 - 1e-4
@@ -19,19 +21,11 @@ _LONGEST_TOKEN = 12
 
 
 def integrate_and_fire(alphas: Tensor, threshold: float = _FIRE_THRESHOLD) -> Tensor:
-    """Accumulated weight `(t,)` float32 before each subtraction, for weights `(t,)`; a peak is a value ≥ `threshold`.
+    """Accumulated weight `(t,)` before each subtraction, for weights `(t,)` float32; a peak is a value ≥ `threshold`.
 
-    One after the other, because a cumulative sum rounds differently and a peak decides over a token's time.
+    With upstream's rounding, because a peak decides over a token's time.
     """
-    accumulated = torch.zeros((), dtype=alphas.dtype)
-    step = torch.ones((), dtype=alphas.dtype) * threshold
-    track = []
-    for alpha in alphas.cpu():
-        accumulated = accumulated + alpha
-        track.append(accumulated)
-        if accumulated >= threshold:
-            accumulated = accumulated - step
-    return torch.stack(track) if track else alphas.cpu()
+    return fire_rounded(alphas[None], threshold, threshold).peaks[0]
 
 
 def firing_segments(

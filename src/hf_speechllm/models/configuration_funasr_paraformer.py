@@ -96,7 +96,8 @@ class FunasrParaformerConfig(PreTrainedConfig):
     """
 
     model_type = "funasr_paraformer"
-    attribute_map = {"blank_token_id": "pad_token_id"}
+    # `norm_eps` is the name that the conformer's blocks read.
+    attribute_map = {"blank_token_id": "pad_token_id", "norm_eps": "layer_norm_eps"}
     keys_to_ignore_at_inference = ["encoder_attention_mask", "ctc_logits", "alphas", "peaks", "token_lengths"]
 
     vocab_size: int = 8404
@@ -320,11 +321,6 @@ class FunasrParaformerConfig(PreTrainedConfig):
         for name in tokens:
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name}: expected 0..{self.vocab_size - 1}, got {getattr(self, name)}")
-
-    @property
-    def norm_eps(self) -> float:
-        """Under the name that the conformer's blocks read."""
-        return self.layer_norm_eps
 
     @property
     def subsampling_rate(self) -> int:

@@ -190,6 +190,9 @@ class SanmEncoder(nn.Module):
         """
         attention_mask = None if frame_mask is None else frame_mask[:, None, None, :]
         hidden_states = self.embed(features)
+        if self.training and self.layers[0].gradient_checkpointing:
+            # Reentrant checkpointing gives a layer gradients only where an input asks for one; features do not.
+            hidden_states.requires_grad_()
         collected = [hidden_states]
         for layer in self.layers:
             hidden_states, _, _ = layer(hidden_states, attention_mask, frame_mask)
