@@ -133,14 +133,11 @@ SANM = {
 
 
 class RecogniserTests(ModelTesterMixin):
-    """What the families share; `labels` are those of a batch of three."""
+    """What the families share. They add `make_tester`; `labels` are those of a batch of three."""
 
     not_applicable = NOT_APPLICABLE
     test_resize_embeddings = False
     labels = ((3, 4, 4, 5), (6, -100, -100, -100), (9, 8, 7, -100))
-
-    def make_tester(self) -> object:
-        raise NotImplementedError
 
     def setUp(self) -> None:
         if self._testMethodName in self.not_applicable:
