@@ -12,7 +12,12 @@ import soundfile
 import torch
 from conftest import speech_like
 from tiny_funasr_fsmn_vad import bursts, tiny_detector
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from typer.testing import CliRunner
 
 from hf_speechllm.cli import app
@@ -207,3 +212,58 @@ def test_an_hour(tiny_model_dir, vad_dir):
 
 if __name__ == "__main__":
     print(json.dumps(hour(*sys.argv[1:])))
+
+
+@pytest.fixture(scope="module")
+def golden_packs(tmp_path_factory) -> dict[str, Path]:
+    """Converted FunASR packs, by the name of their case."""
+    work = tmp_path_factory.mktemp("packs")
+    converted = {}
+    for case in ("funasr/seaco_hotword", "funasr/sensevoice_tiny", "funasr_helpers/ct_transformer_tiny"):
+        pack = TESTS / "golden" / case
+        converted[pack.name] = work / pack.name
+        command = [sys.executable, str(TESTS.parent / "conversion" / "convert_funasr.py")]
+        done = subprocess.run(
+            [*command, str(pack), str(work / pack.name)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    return converted
+
+
+@pytest.mark.parametrize("case", ["seaco_hotword", "sensevoice_tiny"])
+def test_pieces_of_other_recognisers(golden_packs, case, vad, audio):
+    """Paraformer and SenseVoice: each piece gives what it gives alone, at its own place."""
+    processor = AutoProcessor.from_pretrained(golden_packs[case])
+    recognise = SpeechRecognitionPipeline(
+        model=AutoModelForSpeechSeq2Seq.from_pretrained(golden_packs[case]),
+        processor=processor,
+        feature_extractor=processor.feature_extractor,
+        tokenizer=processor.tokenizer,
+        device="cpu",
+    )
+    segments = vad.speech_segments(audio)
+    result = recognise(audio, vad=vad, return_timestamps="char", batch_size=3)
+    alone = [recognise(audio[round(s * 16000) : round(e * 16000)], return_timestamps="char") for s, e in segments]
+    expected = [
+        (chunk["text"], *(start + time for time in chunk["timestamp"]))
+        for part, (start, _) in zip(alone, segments, strict=True)
+        for chunk in part["chunks"]
+    ]
+    assert expected and [chunk["text"] for chunk in result["chunks"]] == [text for text, _, _ in expected]
+    np.testing.assert_allclose(
+        [chunk["timestamp"] for chunk in result["chunks"]], [times[1:] for times in expected], atol=2e-3
+    )
+
+
+def test_command_line_punctuates(golden_packs, vad_dir, audio, tmp_path):
+    wav = tmp_path / "talk.wav"
+    soundfile.write(wav, audio, 16000)
+    model, punctuation = golden_packs["seaco_hotword"], golden_packs["ct_transformer_tiny"]
+    options = ["--model", str(model), "--vad", str(vad_dir), "--format", "json"]
+    plain = CliRunner().invoke(app, ["transcribe", str(wav), *options])
+    assert plain.exit_code == 0, plain.output
+    done = CliRunner().invoke(app, ["transcribe", str(wav), *options, "--punctuation", str(punctuation)])
+    assert done.exit_code == 0, done.output
+    raw = json.loads(plain.stdout)["text"]
+    network = AutoModelForTokenClassification.from_pretrained(punctuation)
+    assert json.loads(done.stdout)["text"] == network.punctuate(raw, AutoTokenizer.from_pretrained(punctuation))
