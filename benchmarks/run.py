@@ -1,8 +1,9 @@
-"""Speed against WeNet and kaldi-native-fbank: ratios measured side by side, one thread, the same weights.
+"""Speed against WeNet, FunASR and kaldi-native-fbank: ratios measured side by side, one thread, the same weights.
 
-    python benchmarks/run.py --wenet CHECKOUT [--only fbank attention ...] [--output benchmarks/RESULTS.md]
+    python benchmarks/run.py --wenet CHECKOUT --funasr CHECKOUT [--only fbank attention ...]
+        [--output benchmarks/RESULTS.md]
 
-`CHECKOUT` is a clone of wenet-e2e/wenet. Without it only the comparisons that need no peer code run. Every
+The checkouts are clones of wenet-e2e/wenet and modelscope/FunASR. What needs one that is not given is skipped. Every
 comparison checks first that both sides compute the same.
 """
 
@@ -17,6 +18,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "conversion")]
 
 import torch
 import transformers
+from funasr_cif import cif
+from funasr_end_to_end import paraformer, sensevoice
+from funasr_nar import nar
 from timing import HEADER
 from u2pp_attention import attention
 from u2pp_encoder import encoder, streaming, training_step
@@ -25,7 +29,7 @@ from u2pp_moe import moe
 from u2pp_search import prefix_beam, rescoring
 
 
-WITH_PEER = {
+WITH_WENET = {
     "attention": attention,
     "encoder": encoder,
     "prefix_beam": prefix_beam,
@@ -34,13 +38,15 @@ WITH_PEER = {
     "training_step": training_step,
     "moe": moe,
 }
-WITHOUT_PEER = {"fbank": fbank}
+WITH_FUNASR = {"cif": cif, "paraformer": paraformer, "sensevoice": sensevoice}
+WITHOUT_PEER = {"fbank": fbank, "nar": nar}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wenet", type=Path, help="checkout of wenet-e2e/wenet")
-    parser.add_argument("--only", nargs="+", choices=[*WITHOUT_PEER, *WITH_PEER], help="run only these")
+    parser.add_argument("--funasr", type=Path, help="checkout of modelscope/FunASR")
+    parser.add_argument("--only", nargs="+", choices=[*WITHOUT_PEER, *WITH_WENET, *WITH_FUNASR], help="run only these")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,14 +54,19 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     )
     report(f"{versions}, {platform.machine()}, one thread\n\n{HEADER}", arguments.output)
-    for name, function in {**WITHOUT_PEER, **WITH_PEER}.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        if name in WITH_PEER and arguments.wenet is None:
-            print(f"skipped {name}: needs --wenet CHECKOUT", file=sys.stderr)
-            continue
-        for comparison in function(arguments.wenet) if name in WITH_PEER else function():
-            report(comparison.row(), arguments.output)
+    for functions, checkout, option in (
+        (WITHOUT_PEER, None, None),
+        (WITH_WENET, arguments.wenet, "--wenet"),
+        (WITH_FUNASR, arguments.funasr, "--funasr"),
+    ):
+        for name, function in functions.items():
+            if arguments.only and name not in arguments.only:
+                continue
+            if option is not None and checkout is None:
+                print(f"skipped {name}: needs {option} CHECKOUT", file=sys.stderr)
+                continue
+            for comparison in function() if option is None else function(checkout):
+                report(comparison.row(), arguments.output)
 
 
 def report(text: str, output: Path | None) -> None:

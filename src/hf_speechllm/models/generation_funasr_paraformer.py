@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cif_timestamps import firing_segments, token_times
+from .mixed_lengths import encode_apart, lengths_to_encode_apart
 
 
 # Frame that the rules in `cif_timestamps.py` count in.
@@ -78,8 +79,7 @@ class FunasrParaformerGenerationMixin:
             ValueError: hotwords for a model without a hotword encoder, or an empty one.
         """
         hotword_ids = self._hotword_ids(hotwords, input_features.device)
-        encoded = self.model(input_features, attention_mask)
-        hidden, mask = encoded.last_hidden_state, encoded.attention_mask
+        hidden, mask = self._encode(input_features, attention_mask)
         frame_mask = None if bool(mask.all()) else mask
         predicted = self.model.predictor(hidden, frame_mask)
         lengths = predicted.token_lengths
@@ -92,6 +92,16 @@ class FunasrParaformerGenerationMixin:
             track_lengths = mask.sum(dim=-1) + (alphas.shape[1] - mask.shape[1])
         output = self._collate(log_probs, lengths, alphas, peaks, track_lengths)
         return output if return_dict_in_generate or return_timestamps else output.sequences
+
+    def _encode(self, input_features: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The encoder's frames `(b, t, c)` and their mask `(b, t)`."""
+        # Upstream's batches are to be reproduced with their padding.
+        is_invariant = self.config.padding == "invariant"
+        lengths = lengths_to_encode_apart(input_features, attention_mask) if is_invariant else None
+        if lengths is None:
+            encoded = self.model(input_features, attention_mask)
+            return encoded.last_hidden_state, encoded.attention_mask
+        return encode_apart(lambda row, frames: self.model(frames).last_hidden_state, input_features, lengths)
 
     def _hotword_ids(self, hotwords: list[list[int]] | None, device: torch.device) -> Tensor | None:
         """`(w + 1, m)` padded with -100, or `None`. The last row is "no hotword"."""

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .configuration_funasr_sensevoice import UNKNOWN_EMOTION
 from .context_graph import ContextGraph
 from .ctc import ctc_forced_alignment, ctc_prefix_beam_search
+from .mixed_lengths import encode_apart, lengths_to_encode_apart
 
 
 DECODINGS = ("ctc_greedy", "ctc_prefix_beam_search")
@@ -106,8 +107,8 @@ class FunasrSenseVoiceGenerationMixin:
         if hotwords and decoding == "ctc_greedy":
             raise ValueError("hotwords: need decoding='ctc_prefix_beam_search', got 'ctc_greedy'")
         prompt_ids = self.prompt_ids(input_features.shape[0], language, use_itn).to(input_features.device)
-        encoded = self.model(input_features, attention_mask, prompt_ids)
-        logits, lengths = self.ctc_head(encoded.last_hidden_state).float(), encoded.attention_mask.sum(dim=-1)
+        hidden, mask = self._encode(input_features, attention_mask, prompt_ids)
+        logits, lengths = self.ctc_head(hidden).float(), mask.sum(dim=-1)
         searched = logits
         if ban_emo_unk:
             if UNKNOWN_EMOTION not in self.config.emotion_token_ids:
@@ -124,6 +125,20 @@ class FunasrSenseVoiceGenerationMixin:
         if not (return_dict_in_generate or return_timestamps):
             return self._pad([row.answers + row.tokens for row in transcripts], logits.device)
         return self._collate(transcripts, logits, searched, lengths)
+
+    def _encode(
+        self, input_features: Tensor, attention_mask: Tensor | None, prompt_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder's frames `(b, 4 + t, c)` and their mask."""
+        lengths = lengths_to_encode_apart(input_features, attention_mask)
+        if lengths is None:
+            encoded = self.model(input_features, attention_mask, prompt_ids)
+            return encoded.last_hidden_state, encoded.attention_mask
+
+        def encode(row: int, frames: Tensor) -> Tensor:
+            return self.model(frames, None, prompt_ids[row : row + 1]).last_hidden_state
+
+        return encode_apart(encode, input_features, lengths)
 
     def prompt_ids(self, batch_size: int, language: str | Sequence[str], use_itn: bool | Sequence[bool]) -> Tensor:
         """Rows of the prompt embedding `(batch_size, 4)` int64 for names, one for all or one for each.
