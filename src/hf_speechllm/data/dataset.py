@@ -28,7 +28,6 @@ from hf_speechllm.data.augmentation import (
 )
 from hf_speechllm.data.manifests import Utterance
 from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
-from hf_speechllm.models.kaldi_fbank import low_frame_rate
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,6 @@ def log_mel_extractor(extractor: KaldiFbankFeatureExtractor) -> KaldiFbankFeatur
     plain.lfr_m = plain.lfr_n = 1
     plain.cmvn_mean = plain.cmvn_inverse_std = None
     return plain
-
-
-def stack_and_normalize(log_mel: torch.Tensor, extractor: KaldiFbankFeatureExtractor) -> torch.Tensor:
-    """The extractor's stacking and CMVN: `(frames, bins)` to `(ceil(frames / lfr_n), lfr_m * bins)`."""
-    features = log_mel
-    if extractor.lfr_m > 1 or extractor.lfr_n > 1:
-        features = low_frame_rate(features[None], torch.tensor([len(features)]), extractor.lfr_m, extractor.lfr_n)[0]
-    if extractor.cmvn_mean is not None:
-        mean, inverse_std = torch.tensor(extractor.cmvn_mean), torch.tensor(extractor.cmvn_inverse_std)
-        features = (features - mean) * inverse_std
-    return features
 
 
 def _resample(waveform: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -110,6 +98,7 @@ class SpeechRecognitionDataset(Dataset):
         label_maker: Callable[[str, Mapping[str, str]], list[int]] | None = None,
     ):
         self.label_maker = label_maker
+        self.log_mel_extractor = log_mel_extractor(feature_extractor)
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
         self.augmentation = augmentation
@@ -221,11 +210,12 @@ class SpeechRecognitionDataset(Dataset):
         if config.dither > 0:
             seed = int(rng.integers(2**63))
             dither = {"dither": config.dither, "generator": torch.Generator().manual_seed(seed)}
-        plain = log_mel_extractor(self.feature_extractor)
-        log_mel = plain(waveform, sampling_rate=rate, **dither).input_features[0].numpy()
+        log_mel = self.log_mel_extractor(waveform, sampling_rate=rate, **dither).input_features[0].numpy()
         log_mel = augment_log_mel(change_tempo(log_mel, plan.tempo), config, rng, rate)
-        features = stack_and_normalize(torch.from_numpy(log_mel), self.feature_extractor)
-        features = mask_features(features.numpy(), config, rng)
+        features, _ = self.feature_extractor.stack_and_normalize(
+            torch.from_numpy(log_mel)[None], torch.tensor([len(log_mel)])
+        )
+        features = mask_features(features[0].numpy(), config, rng)
         text = self.separator.join(self.texts[clip] for clip in plan.clips)
         labels = self._labels(text, self.utterances[plan.clips[0]].columns)
         return {"input_features": torch.from_numpy(features), "labels": torch.tensor(labels)}

@@ -180,13 +180,7 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
             generator=generator,
         )
         frames = num_fbank_frames(num_samples, self.window_length, self.hop_length)
-        if self.lfr_m > 1 or self.lfr_n > 1:
-            features = low_frame_rate(features, frames, self.lfr_m, self.lfr_n)
-            frames = num_lfr_frames(frames, self.lfr_n)
-        if self.cmvn_mean is not None:
-            mean = torch.tensor(self.cmvn_mean, dtype=torch.float32, device=features.device)
-            inverse_std = torch.tensor(self.cmvn_inverse_std, dtype=torch.float32, device=features.device)
-            features = (features - mean) * inverse_std
+        features, frames = self.stack_and_normalize(features, frames)
         mask = torch.arange(features.shape[1], device=features.device) < frames[:, None]
         if not mask.all():
             features = features.masked_fill(~mask[..., None], self.padding_value)
@@ -194,6 +188,19 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
         if return_attention_mask:
             data["attention_mask"] = mask.long()
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def stack_and_normalize(self, log_mel: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Low-frame-rate stacking and CMVN of log-mel `(batch, frames, feature_size)` with `frames` `(batch,)` real
+        ones; the features and how many of them are real."""
+        features = log_mel
+        if self.lfr_m > 1 or self.lfr_n > 1:
+            features = low_frame_rate(features, frames, self.lfr_m, self.lfr_n)
+            frames = num_lfr_frames(frames, self.lfr_n)
+        if self.cmvn_mean is not None:
+            mean = torch.tensor(self.cmvn_mean, dtype=torch.float32, device=features.device)
+            inverse_std = torch.tensor(self.cmvn_inverse_std, dtype=torch.float32, device=features.device)
+            features = (features - mean) * inverse_std
+        return features, frames
 
 
 KaldiFbankFeatureExtractor.register_for_auto_class()
