@@ -50,7 +50,7 @@ from hf_speechllm.upstream.funasr_tokens import (
 from hf_speechllm.upstream.nnet_mvn import read_nnet_mvn, write_nnet_mvn
 from hf_speechllm.upstream.safetensors_file import write_safetensors
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
-from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
+from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
 
 
@@ -281,7 +281,6 @@ IGNORED_WEIGHTS = [r"(?:^|\.)pe$", r"^seaco_decoder\.embed\.", r"^criterion_", r
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 BPE_MODEL_NAME = "upstream_bpe.model"
-REPORT_NAME = "conversion_report.json"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FunASR -> transformers
@@ -381,8 +380,7 @@ def write_model(
         processor.save_pretrained(stage)
         if bpe_path is not None:
             shutil.copyfile(bpe_path, stage / BPE_MODEL_NAME)
-        report["outputs"] = sha256_of_files(stage)
-        (stage / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(stage, report)
     return report
 
 

@@ -24,12 +24,11 @@ from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.funasr_pack import FunasrPack, open_funasr_pack, read_token_list, write_token_list
 from hf_speechllm.upstream.safetensors_file import write_safetensors
-from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
+from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
 
 
 UPSTREAM_MODEL = "CTTransformer"
-REPORT_NAME = "conversion_report.json"
 MAX_LABELS = 1000
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,8 +137,7 @@ def convert_punctuation_pack(pack: str | Path | FunasrPack, out_dir: str | Path)
         model.save_pretrained(stage, state_dict={})
         write_safetensors(stage / "model.safetensors", weights)
         build_word_tokenizer(tokens, unk_token).save_pretrained(stage)
-        report["outputs"] = sha256_of_files(stage)
-        (stage / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(stage, report)
     return report
 
 

@@ -21,12 +21,11 @@ from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.funasr_pack import FunasrPack, open_funasr_pack
 from hf_speechllm.upstream.nnet_mvn import read_nnet_mvn, write_nnet_mvn
-from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
+from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
 
 
 UPSTREAM_MODEL = "FsmnVADStreaming"
-REPORT_NAME = "conversion_report.json"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys of config.yaml: key -> (our field, kind, default upstream). The encoder has no defaults: published values.
@@ -170,8 +169,7 @@ def convert_vad_pack(pack: str | Path | FunasrPack, out_dir: str | Path) -> dict
     with staged_directory(out_dir) as stage:
         model.save_pretrained(stage)
         model.new_feature_extractor().save_pretrained(stage)
-        report["outputs"] = sha256_of_files(stage)
-        (stage / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(stage, report)
     return report
 
 

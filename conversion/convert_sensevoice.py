@@ -28,13 +28,12 @@ from hf_speechllm.upstream.nnet_mvn import read_nnet_mvn, write_nnet_mvn
 from hf_speechllm.upstream.safetensors_file import write_safetensors
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
 from hf_speechllm.upstream.sentencepiece_tokenizer import build_sentencepiece_tokenizer
-from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
+from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
 
 
 UPSTREAM_MODEL = "SenseVoiceSmall"
 BPE_MODEL_NAME = "upstream_bpe.model"
-REPORT_NAME = "conversion_report.json"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys of config.yaml: key -> (our field, kind, default upstream).
@@ -184,8 +183,7 @@ def convert_sensevoice_pack(pack: str | Path | FunasrPack, out_dir: str | Path) 
         write_safetensors(stage / "model.safetensors", weights)
         processor.save_pretrained(stage)
         shutil.copyfile(tokenizer_path, stage / BPE_MODEL_NAME)
-        report["outputs"] = sha256_of_files(stage)
-        (stage / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(stage, report)
     return report
 
 

@@ -30,7 +30,7 @@ from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.cmvn import read_cmvn, write_json_cmvn
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
-from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory
+from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.tokens import build_bpe_tokenizer, build_char_tokenizer
 from hf_speechllm.upstream.typed_config import ConfigReader
 from hf_speechllm.upstream.units import read_non_linguistic_symbols, read_units, write_units
@@ -258,7 +258,6 @@ REQUIRED_VALUES = {
 }
 
 BPE_MODEL_NAME = "upstream_bpe.model"
-REPORT_NAME = "conversion_report.json"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # WeNet -> transformers
@@ -326,8 +325,7 @@ def convert_wenet_pack(pack_dir: str | Path, out_dir: str | Path) -> dict[str, o
         processor.save_pretrained(stage)
         if bpe_path is not None:
             shutil.copyfile(bpe_path, stage / BPE_MODEL_NAME)
-        report["outputs"] = sha256_of_files(stage)
-        (stage / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(stage, report)
     return report
 
 

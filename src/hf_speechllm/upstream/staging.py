@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ from os import PathLike
 from pathlib import Path
 
 from .errors import ConversionError
+
+
+REPORT_NAME = "conversion_report.json"
 
 
 @contextmanager
@@ -43,6 +47,13 @@ def staged_directory(destination: str | PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _flush(destination.parent)
+
+
+def write_report(stage: Path, report: dict[str, object]) -> None:
+    """Add the SHA-256 of every file in `stage` to a conversion's report, and write it there."""
+    report["outputs"] = sha256_of_files(stage)
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    (stage / REPORT_NAME).write_text(text, encoding="utf-8")
 
 
 def sha256_of_files(folder: Path) -> dict[str, str]:
