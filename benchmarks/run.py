@@ -1,10 +1,10 @@
 """Speed against WeNet, FunASR and kaldi-native-fbank: ratios measured side by side, one thread, the same weights.
 
-    python benchmarks/run.py --wenet CHECKOUT --funasr CHECKOUT [--only fbank attention ...]
+    python benchmarks/run.py --wenet CHECKOUT --funasr CHECKOUT --speechtokenizer CHECKOUT [--only fbank attention ...]
         [--output benchmarks/RESULTS.md]
 
-The checkouts are clones of wenet-e2e/wenet and modelscope/FunASR. What needs one that is not given is skipped. Every
-comparison checks first that both sides compute the same.
+The checkouts are clones of wenet-e2e/wenet, modelscope/FunASR and ZhangXInFD/SpeechTokenizer. What needs one that is
+not given is skipped. Every comparison checks first that both sides compute the same.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import transformers
 from funasr_cif import cif
 from funasr_end_to_end import paraformer, sensevoice
 from funasr_nar import nar
+from speechtokenizer import speechtokenizer
 from timing import HEADER
 from u2pp_attention import attention
 from u2pp_encoder import encoder, streaming, training_step
@@ -39,6 +40,7 @@ WITH_WENET = {
     "moe": moe,
 }
 WITH_FUNASR = {"cif": cif, "paraformer": paraformer, "sensevoice": sensevoice}
+WITH_SPEECHTOKENIZER = {"speechtokenizer": speechtokenizer}
 WITHOUT_PEER = {"fbank": fbank, "nar": nar}
 
 
@@ -46,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wenet", type=Path, help="checkout of wenet-e2e/wenet")
     parser.add_argument("--funasr", type=Path, help="checkout of modelscope/FunASR")
-    parser.add_argument("--only", nargs="+", choices=[*WITHOUT_PEER, *WITH_WENET, *WITH_FUNASR], help="run only these")
+    parser.add_argument("--speechtokenizer", type=Path, help="checkout of ZhangXInFD/SpeechTokenizer")
+    names = [*WITHOUT_PEER, *WITH_WENET, *WITH_FUNASR, *WITH_SPEECHTOKENIZER]
+    parser.add_argument("--only", nargs="+", choices=names, help="run only these")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,6 +62,7 @@ def main() -> None:
         (WITHOUT_PEER, None, None),
         (WITH_WENET, arguments.wenet, "--wenet"),
         (WITH_FUNASR, arguments.funasr, "--funasr"),
+        (WITH_SPEECHTOKENIZER, arguments.speechtokenizer, "--speechtokenizer"),
     ):
         for name, function in functions.items():
             if arguments.only and name not in arguments.only:

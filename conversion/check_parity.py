@@ -25,10 +25,19 @@ from parity.case import Case
 from parity.funasr_paraformer import check_paraformer
 from parity.funasr_sensevoice import check_sensevoice
 from parity.funasr_streaming import check_streaming
+from parity.speechgpt_prompts import check_anygpt_prompts, check_prompts
+from parity.speechgpt_units import check_units
+from parity.speechgpt_vocoder import check_vocoder
+from parity.speechtokenizer import check_speechtokenizer
 from parity.wenet import check_wenet
 
 
 CHECKS = {
+    "hubert_kmeans_units": check_units,
+    "unit_vocoder": check_vocoder,
+    "prompts": check_prompts,
+    "prompts_anygpt_speech": check_anygpt_prompts,
+    "speechtokenizer": check_speechtokenizer,
     "wenet": check_wenet,
     "SenseVoiceSmall": check_sensevoice,
     "ParaformerStreaming": check_streaming,

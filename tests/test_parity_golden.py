@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 
@@ -21,6 +22,16 @@ FUNASR_CASES = {
     "paraformer_streaming_tiny": 59,
     "seaco_hotword": 88,
     "sensevoice_tiny": 167,
+}
+SPEECHGPT = Path(__file__).parent / "golden" / "speechgpt"
+SPEECHGPT_CASES = {
+    "prompts_anygpt_speech": 51,
+    "prompts_three_stages": 127,
+    "speechtokenizer_elu": 34,
+    "speechtokenizer_snake_identity": 32,
+    "units_hubert_base_like": 13,
+    "vocoder_expresso_spk_style": 2,
+    "vocoder_lj_dur": 9,
 }
 
 
@@ -43,15 +54,19 @@ def failed_names(lines: list[dict]) -> list[str]:
 def test_every_case_is_listed():
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(CASES)
     assert sorted(path.name for path in FUNASR.iterdir()) == sorted(FUNASR_CASES)
+    assert sorted(path.name for path in SPEECHGPT.iterdir()) == sorted(SPEECHGPT_CASES)
 
 
-def test_every_funasr_case_passes():
-    status, lines, errors = check_parity(*(FUNASR / name for name in FUNASR_CASES))
+@pytest.mark.parametrize(
+    "folder, cases", [(FUNASR, FUNASR_CASES), (SPEECHGPT, SPEECHGPT_CASES)], ids=["funasr", "speechgpt"]
+)
+def test_every_case_of_the_other_families_passes(folder, cases):
+    status, lines, errors = check_parity(*(folder / name for name in cases))
     assert failed_names(lines) == []
     assert status == 0, errors
     *values, total = lines
-    assert total == {"total": sum(FUNASR_CASES.values()), "passed": sum(FUNASR_CASES.values()), "failed": 0}
-    for name, count in FUNASR_CASES.items():
+    assert total == {"total": sum(cases.values()), "passed": sum(cases.values()), "failed": 0}
+    for name, count in cases.items():
         assert sum(line["case"] == name for line in values) == count
 
 

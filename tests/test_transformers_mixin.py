@@ -1,4 +1,4 @@
-"""transformers' own `ModelTesterMixin` on tiny recognisers: U2++ (dense, mixture-of-experts), Paraformer, SenseVoice.
+"""transformers' own `ModelTesterMixin` on tiny models of every family that speaks or listens.
 
 `python tests/fetch_transformers_tests.py` fetches the mixin (needs the network once); without it these tests skip.
 """
@@ -11,12 +11,24 @@ import tiny_funasr_paraformer
 import tiny_funasr_sensevoice
 import torch
 from fetch_transformers_tests import FOLDER, PACKAGE
+from tiny_speechgpt_lm import FIRST_UNIT, NUM_UNITS, SIZES
+from tiny_speechgpt_units import BASE as TINY_HUBERT
+from tiny_speechgpt_units import GENERATOR
+from tiny_speechtokenizer import TINY as TINY_CODEC
 
 from hf_speechllm.models.configuration_funasr_paraformer import FunasrParaformerConfig
 from hf_speechllm.models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
+from hf_speechllm.models.configuration_speechgpt_lm import SpeechGptConfig
+from hf_speechllm.models.configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
+from hf_speechllm.models.configuration_speechgpt_units import SpeechGptUnitsConfig
+from hf_speechllm.models.configuration_speechtokenizer import SpeechTokenizerConfig
 from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
 from hf_speechllm.models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from hf_speechllm.models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
+from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM
+from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+from hf_speechllm.models.modeling_speechgpt_units import SpeechGptUnitsModel
+from hf_speechllm.models.modeling_speechtokenizer import SpeechTokenizerModel
 from hf_speechllm.models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
 
 
@@ -113,6 +125,19 @@ class SenseVoiceModelTester(ParaformerModelTester):
     def get_config(self) -> FunasrSenseVoiceConfig:
         sizes = {**tiny_funasr_sensevoice.BASE, "num_hidden_layers": 2, "num_timestamp_prediction_layers": 1}
         return FunasrSenseVoiceConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0)
+
+
+class CodecModelTester:
+    """As above, for SpeechTokenizer."""
+
+    batch_size = 3
+    is_training = False
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[SpeechTokenizerConfig, dict]:
+        return SpeechTokenizerConfig(**TINY_CODEC), {
+            "input_values": 0.3 * torch.randn(self.batch_size, 161),
+            "attention_mask": torch.ones(self.batch_size, 161, dtype=torch.long),
+        }
 
 
 # Tests of the mixin that do not fit, each with its reason. All others run as they are.
@@ -216,6 +241,143 @@ class SenseVoice(RecogniserTests, unittest.TestCase):
         return SenseVoiceModelTester()
 
 
+CODEC = {
+    "test_model_get_set_embeddings": "audio goes in",
+    "test_resize_tokens_embeddings": "as above",
+    "test_resize_embeddings_untied": "as above",
+    "test_hidden_states_output": "convolutions at several rates have no common hidden states",
+    "test_retain_grad_hidden_states_attentions": "as above",
+    "test_attention_outputs": "it has no attention",
+}
+
+
+class Codec(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (SpeechTokenizerModel,)
+    test_resize_embeddings = False
+    has_attentions = False
+
+    def setUp(self) -> None:
+        if self._testMethodName in CODEC:
+            self.skipTest(CODEC[self._testMethodName])
+        self.model_tester = CodecModelTester()
+        self.config_tester = ConfigTester(
+            self, config_class=SpeechTokenizerConfig, has_text_modality=False, hidden_size=16, common_properties=[]
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class UnitsModelTester:
+    """As above, for speech units on a HuBERT with a group norm."""
+
+    batch_size = 3
+    is_training = False
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[SpeechGptUnitsConfig, dict]:
+        config = SpeechGptUnitsConfig(hubert_config=dict(TINY_HUBERT), layer=3, num_units=5)
+        return config, {
+            "input_values": 0.3 * torch.randn(self.batch_size, 1500),
+            "attention_mask": torch.ones(self.batch_size, 1500, dtype=torch.long),
+        }
+
+
+class VocoderModelTester:
+    """As above, for the unit vocoder, with one frame a unit."""
+
+    batch_size = 3
+    is_training = False
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[SpeechGptUnitVocoderConfig, dict]:
+        fields = {"num_units": 9, "embedding_size": 8, "num_speakers": 2, "duration_hidden_size": 8}
+        config = SpeechGptUnitVocoderConfig(hifigan_config={**GENERATOR, "model_in_dim": 16}, **fields)
+        return config, {
+            "unit_ids": torch.randint(9, (self.batch_size, 6)),
+            "durations": torch.ones(self.batch_size, 6, dtype=torch.long),
+        }
+
+
+UNITS_AND_VOCODER = {
+    "test_model_get_set_embeddings": "no table of tokens that a head could share",
+    "test_resize_tokens_embeddings": "as above",
+    "test_resize_embeddings_untied": "as above",
+    "test_hidden_states_output": "units: a call names the layer that it wants; vocoder: several rates",
+    "test_retain_grad_hidden_states_attentions": "as above",
+    "test_attention_outputs": "as above",
+}
+
+
+class Units(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (SpeechGptUnitsModel,)
+    tester, config_class = UnitsModelTester, SpeechGptUnitsConfig
+    test_resize_embeddings = False
+    has_attentions = False
+
+    def setUp(self) -> None:
+        if self._testMethodName in UNITS_AND_VOCODER:
+            self.skipTest(UNITS_AND_VOCODER[self._testMethodName])
+        self.model_tester = self.tester()
+        self.config_tester = ConfigTester(
+            self, config_class=self.config_class, has_text_modality=False, common_properties=[]
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class Vocoder(Units):
+    all_model_classes = (SpeechGptUnitVocoderModel,)
+    tester, config_class = VocoderModelTester, SpeechGptUnitVocoderConfig
+
+
+UNIT_LM = {
+    # `test_modeling_speechgpt_lm.py` compares generate() with that of the plain model.
+    "test_correct_missing_keys": "the backbone alone is a Llama, with a Llama's configuration",
+    "test_generation_tester_mixin_inheritance": "the source distribution has no generation tests to inherit",
+}
+
+
+class UnitLmModelTester:
+    """As above, for a unit language model on a Llama."""
+
+    batch_size = 3
+    seq_length = 7
+    num_hidden_layers = 2
+    num_attention_heads = 2
+    hidden_size = 16
+    is_training = True
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[SpeechGptConfig, dict]:
+        text_config = {**SIZES, "model_type": "llama"}
+        config = SpeechGptConfig(text_config=text_config, num_units=NUM_UNITS, first_unit_token_id=FIRST_UNIT)
+        ids = torch.randint(3, SIZES["vocab_size"], (self.batch_size, self.seq_length))
+        return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class UnitLm(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (SpeechGptForCausalLM,)
+
+    def setUp(self) -> None:
+        if self._testMethodName in UNIT_LM:
+            self.skipTest(UNIT_LM[self._testMethodName])
+        self.model_tester = UnitLmModelTester()
+        self.config_tester = ConfigTester(self, config_class=SpeechGptConfig, common_properties=[])
+
+    def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
+        """The mixin knows the labels of transformers' own classes only."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels:
+            inputs["labels"] = inputs["input_ids"].clone()
+        return inputs
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
 def test_every_entry_of_the_skip_list_is_a_test_of_the_mixin() -> None:
     assert len(NOT_APPLICABLE) <= 10
-    assert [name for name in NOT_APPLICABLE | SANM if not hasattr(ModelTesterMixin, name)] == []
+    assert [
+        name
+        for name in NOT_APPLICABLE | SANM | CODEC | UNITS_AND_VOCODER | UNIT_LM
+        if not hasattr(ModelTesterMixin, name)
+    ] == []

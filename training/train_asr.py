@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 
 # Families that a recipe can train from scratch; of the others it starts from a converted model.
-NEW_MODEL_TYPES = ("wenet_u2pp", "funasr_paraformer")
+NEW_MODEL_TYPES = ("wenet_u2pp", "funasr_paraformer", "funasr_sensevoice")
+# A new SenseVoice model has tags for the published languages, and for German.
+SENSEVOICE_LANGUAGES = ("zh", "en", "yue", "ja", "ko", "de", "nospeech")
 
 
 def read_sources(sources: Sequence[Any], data: "DataArguments") -> "list[Utterance]":
     """Utterances of every source of `data.train` or `data.validation`, in order.
 
     A source is a path or a mapping with `path` or `hub`, `repeat`, what its reader takes, and `columns`: values of
-    columns that its manifest lacks or leaves empty, e.g. `{language: en}`.
+    columns that its manifest lacks or leaves empty, e.g. `{language: en}`. With `text: ""` its transcripts are left
+    out, for a language that only its tag is learned of.
     """
     from hf_speechllm.data.manifests import read_hub_dataset, read_manifest
 
@@ -40,7 +43,7 @@ def read_sources(sources: Sequence[Any], data: "DataArguments") -> "list[Utteran
     for source in sources:
         options = {"path": source} if isinstance(source, str) else dict(source)
         repeat = int(options.pop("repeat", 1))
-        columns = options.pop("columns", {})
+        columns, text = options.pop("columns", {}), options.pop("text", None)
         if "hub" in options:
             found = read_hub_dataset(options.pop("hub"), **options)
         else:
@@ -51,6 +54,8 @@ def read_sources(sources: Sequence[Any], data: "DataArguments") -> "list[Utteran
                 replace(item, columns={**columns, **{name: value for name, value in item.columns.items() if value}})
                 for item in found
             ]
+        if text is not None:
+            found = [replace(item, text=text) for item in found]
         utterances.extend(found * repeat)
     return utterances
 
@@ -65,11 +70,14 @@ def build_processor(run: "RunConfig", utterances: "Sequence[Utterance]"):
 
     from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
     from hf_speechllm.models.processing_funasr_paraformer import FunasrParaformerProcessor
+    from hf_speechllm.models.processing_funasr_sensevoice import FunasrSenseVoiceProcessor
     from hf_speechllm.models.processing_wenet_u2pp import WenetU2ppProcessor
 
+    processors = dict(
+        zip(NEW_MODEL_TYPES, (WenetU2ppProcessor, FunasrParaformerProcessor, FunasrSenseVoiceProcessor), strict=True)
+    )
     if run.model.model_type not in NEW_MODEL_TYPES:
         raise ValueError(f"model_type: expected one of {NEW_MODEL_TYPES}, found {run.model.model_type!r}")
-    is_paraformer = run.model.model_type == "funasr_paraformer"
     if run.data.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(run.data.tokenizer)
     else:
@@ -77,10 +85,10 @@ def build_processor(run: "RunConfig", utterances: "Sequence[Utterance]"):
             raise ValueError(
                 f"unit: expected 'word' or 'char', found {run.data.unit!r}; give a BPE tokenizer as a folder"
             )
-        build = build_paraformer_tokenizer if is_paraformer else build_tokenizer
+        builders = (build_tokenizer, build_paraformer_tokenizer, build_sensevoice_tokenizer)
+        build = dict(zip(NEW_MODEL_TYPES, builders, strict=True))[run.model.model_type]
         tokenizer = build([utterance.text for utterance in utterances], run.data.unit)
-    processor = FunasrParaformerProcessor if is_paraformer else WenetU2ppProcessor
-    return processor(KaldiFbankFeatureExtractor(**run.data.feature_extractor), tokenizer)
+    return processors[run.model.model_type](KaldiFbankFeatureExtractor(**run.data.feature_extractor), tokenizer)
 
 
 def build_paraformer_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase":
@@ -97,6 +105,50 @@ def build_paraformer_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTo
     names = [*marks, *sorted(found - {*marks, "<unk>"}), "<unk>"]
     words = {name: (name,) for name in names[len(marks) : -1]} if unit == "word" else None
     return build_paraformer_char_tokenizer({name: number for number, name in enumerate(names)}, seg_dict=words)
+
+
+def build_sensevoice_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase":
+    """Unigram tokenizer over the sorted units of a text: <unk> 0, which is the blank, <s> 1, </s> 2, tags, units.
+
+    Args:
+        texts (`Sequence[str]`): the training transcripts.
+        unit (`str`): `"word"` (a unit is a word with its boundary) or `"char"` (the boundary is a unit of its own).
+    """
+    from hf_speechllm.models.processing_funasr_sensevoice import EMOTIONS, EVENTS, TEXT_NORMS
+    from hf_speechllm.upstream.sentencepiece_model import (
+        CONTROL,
+        NORMAL,
+        UNKNOWN,
+        USER_DEFINED,
+        SentencePiece,
+        SentencePieceModel,
+    )
+    from hf_speechllm.upstream.sentencepiece_tokenizer import build_sentencepiece_tokenizer
+
+    boundary = "\u2581"
+    if unit == "word":
+        units = {boundary + word for text in texts for word in text.split()}
+    else:
+        units = {boundary} | {character for text in texts for character in text if not character.isspace()}
+    tags = (*SENSEVOICE_LANGUAGES, *EMOTIONS, *EVENTS, *TEXT_NORMS)
+    pieces = (
+        SentencePiece("<unk>", 0.0, UNKNOWN),
+        *(SentencePiece(name, 0.0, CONTROL) for name in ("<s>", "</s>")),
+        *(SentencePiece(f"<|{tag}|>", 0.0, USER_DEFINED) for tag in tags),
+        *(SentencePiece(name, -1.0, NORMAL) for name in sorted(units)),
+    )
+    model = SentencePieceModel(pieces, "unigram", b"", add_dummy_prefix=True, remove_extra_whitespaces=True)
+    return build_sentencepiece_tokenizer(model)
+
+
+def sensevoice_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, dict[str, int]]:
+    """Which unit each tag is, by kind, as `FunasrSenseVoiceConfig` wants it."""
+    from hf_speechllm.models.processing_funasr_sensevoice import tag_kind
+
+    kinds: dict[str, dict[str, int]] = {"language": {}, "emotion": {}, "event": {}, "textnorm": {}}
+    for name in tokenizer.tag_names():
+        kinds[tag_kind(name)][name] = tokenizer.tag_id(name)
+    return {f"{kind}_token_ids": ids for kind, ids in kinds.items()}
 
 
 def build_tokenizer(texts: Sequence[str], unit: str) -> "PreTrainedTokenizerBase":
@@ -131,6 +183,9 @@ def build_model(run: "RunConfig", tokenizer: "PreTrainedTokenizerBase", dataset)
         extractor, shape = dataset.feature_extractor, {}
         if run.model.model_type == "funasr_paraformer":
             shape = {"input_size": extractor.lfr_m * extractor.feature_size, "stacked_frames": extractor.lfr_n}
+        elif run.model.model_type == "funasr_sensevoice":
+            shape = {"input_size": extractor.lfr_m * extractor.feature_size, "subsampling_rate": extractor.lfr_n}
+            shape |= sensevoice_ids(tokenizer)
         config = AutoConfig.for_model(
             run.model.model_type,
             vocab_size=len(tokenizer),
@@ -230,15 +285,16 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.seed)
 
     train_utterances = read_sources(run.data.train, run.data)
-    label_maker = None
+    label_maker, model_type = None, run.model.model_type
     if run.model.pretrained is not None:
         trust = {"trust_remote_code": run.model.trust_remote_code}
         processor = AutoProcessor.from_pretrained(run.model.pretrained, **trust)
-        if AutoConfig.from_pretrained(run.model.pretrained, **trust).model_type == "funasr_sensevoice":
-            # Labels are language, emotion, event and text normalisation, from columns of the manifest, then the text.
-            label_maker = processor.label_ids_of_row
+        model_type = AutoConfig.from_pretrained(run.model.pretrained, **trust).model_type
     else:
         processor = build_processor(run, train_utterances)
+    if model_type == "funasr_sensevoice":
+        # Labels are language, emotion, event and text normalisation, from columns of the manifest, then the text.
+        label_maker = processor.label_ids_of_row
     parts = (processor.feature_extractor, processor.tokenizer)
     train_set = SpeechRecognitionDataset(
         train_utterances,

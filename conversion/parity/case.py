@@ -1,6 +1,7 @@
 """A golden case: what the upstream said, and the book-keeping of what has been compared with it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ _DESCRIPTIONS = {
     *("argmax_margin", "cif_margin", "index", "margins", "name", "note", "seed", "special_ids", "tensors"),
     *("tolerance", "upstream", "vocab_size"),
 }
-# Their tolerance, which `case.json` says in words.
+# Families whose cases are texts and ids, without tensors, and the entries that describe such a case.
+_TEXT_FAMILIES = {"prompts", "prompts_anygpt_speech"}
+_TEXT_DESCRIPTIONS = {"case", "commit", "family", "seed", "transformers", "upstream"}
+# The tolerance of a FunASR case, which `case.json` says in words.
 _FUNASR_ATOL, _FUNASR_RTOL = 2e-5, 1e-4
 
 
@@ -43,6 +47,8 @@ class Case:
     @classmethod
     def load(cls, directory: Path) -> "Case":
         facts = json.loads((directory / "case.json").read_text(encoding="utf-8"))
+        if facts.get("family") in _TEXT_FAMILIES:
+            return cls(directory, facts, {}, 0.0, 0.0)
         tensors = load_file(directory / "io.safetensors")
         tolerance = facts.get("tolerance", {})
         if "family" not in facts:
@@ -64,12 +70,17 @@ class Case:
         """Everything that must be looked at: tensors (also those only described), decodes, gradients."""
         if "family" not in self.facts:
             return set(self.tensors) | self.fact_names()
+        if self.family in _TEXT_FAMILIES:
+            described = {key: value for key, value in self.facts.items() if key not in _TEXT_DESCRIPTIONS}
+            return set(leaf_names(described))
         names = set(self.tensors) | set(self.facts.get("tensors", {}))
         names |= {f"decodes/{name}" for name in self.decodes}
         names |= {f"gradients/{name}" for name in self.facts.get("gradients", {}).get("norms", {})}
         if "total_norm" in self.facts.get("gradients", {}):
             names.add("gradients/total_norm")
         names |= {f"state_dict/{name}" for name in self.facts.get("state_dict", {})}
+        # Texts of units.
+        names |= {name for name in self.facts if name.endswith("_string")}
         return names
 
     def fact_names(self) -> set[str]:
@@ -147,6 +158,19 @@ class Case:
         """Every expected value that no stage looked at is a failure."""
         for name in sorted(self.expected_names() - self.checked):
             self.record(name, None, "unchecked", False)
+
+
+def leaf_names(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of all values in nested dictionaries and lists of dictionaries: `key/entry`, `key[i]/entry`."""
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict):
+            yield from leaf_names(item, f"{name}/")
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            for number, entry in enumerate(item):
+                yield from leaf_names(entry, f"{name}[{number}]/")
+        else:
+            yield name
 
 
 def largest_difference(actual: Any, expected: Any, path: str) -> tuple[float, str | None]:

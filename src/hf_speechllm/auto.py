@@ -16,15 +16,20 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioFrameClassification,
+    AutoModelForAudioTokenization,
+    AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
     AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
+    EncodecFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Wav2Vec2FeatureExtractor,
 )
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
@@ -32,15 +37,24 @@ from .models.configuration_funasr_ct_transformer import FunasrCtTransformerConfi
 from .models.configuration_funasr_fsmn_vad import FunasrFsmnVadConfig
 from .models.configuration_funasr_paraformer import FunasrParaformerConfig
 from .models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
+from .models.configuration_speechgpt_lm import SpeechGptConfig
+from .models.configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
+from .models.configuration_speechgpt_units import SpeechGptUnitsConfig
+from .models.configuration_speechtokenizer import SpeechTokenizerConfig
 from .models.configuration_wenet_u2pp import WenetU2ppConfig
 from .models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
 from .models.modeling_funasr_ct_transformer import FunasrCtTransformerForTokenClassification
 from .models.modeling_funasr_fsmn_vad import FunasrFsmnVadForAudioFrameClassification
 from .models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from .models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
+from .models.modeling_speechgpt_lm import SpeechGptForCausalLM
+from .models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+from .models.modeling_speechgpt_units import SpeechGptUnitsModel
+from .models.modeling_speechtokenizer import SpeechTokenizerModel
 from .models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
 from .models.processing_funasr_paraformer import FunasrParaformerProcessor
 from .models.processing_funasr_sensevoice import FunasrSenseVoiceProcessor
+from .models.processing_speechgpt_lm import SpeechGptProcessor
 from .models.processing_wenet_u2pp import WenetU2ppProcessor
 from .models.tokenization_funasr_paraformer import FunasrParaformerTokenizer
 from .models.tokenization_funasr_sensevoice import FunasrSenseVoiceTokenizer
@@ -99,6 +113,30 @@ FAMILIES = (
         model=FunasrCtTransformerForTokenClassification,
         auto_models=(AutoModel, AutoModelForTokenClassification),
     ),
+    Family(
+        config=SpeechGptUnitsConfig,
+        model=SpeechGptUnitsModel,
+        auto_models=(AutoModel,),
+        feature_extractor=Wav2Vec2FeatureExtractor,
+    ),
+    Family(
+        config=SpeechGptUnitVocoderConfig,
+        model=SpeechGptUnitVocoderModel,
+        auto_models=(AutoModel, AutoModelForTextToWaveform),
+    ),
+    Family(
+        config=SpeechTokenizerConfig,
+        model=SpeechTokenizerModel,
+        auto_models=(AutoModel, AutoModelForAudioTokenization),
+        feature_extractor=EncodecFeatureExtractor,
+    ),
+    Family(
+        # The tokenizer is a plain `tokenizer.json`.
+        config=SpeechGptConfig,
+        model=SpeechGptForCausalLM,
+        auto_models=(AutoModelForCausalLM,),
+        processor=SpeechGptProcessor,
+    ),
 )
 
 for family in FAMILIES:
@@ -109,7 +147,8 @@ for family in FAMILIES:
     family.model.register_for_auto_class(family.auto_models[0].__name__)
     if family.feature_extractor is not None:
         AutoFeatureExtractor.register(family.config, family.feature_extractor, exist_ok=True)
-        family.feature_extractor.register_for_auto_class()
+        if family.feature_extractor.__module__.startswith(__package__):  # transformers' own need no code to travel
+            family.feature_extractor.register_for_auto_class()
     if family.tokenizer is not None:
         AutoTokenizer.register(family.config, tokenizer_class=family.tokenizer, exist_ok=True)
         family.tokenizer.register_for_auto_class()

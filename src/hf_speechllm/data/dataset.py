@@ -201,11 +201,7 @@ class SpeechRecognitionDataset(Dataset):
 
         rng = sample_generator(self.seed, epoch, index)
         plan = self.plan(index, epoch, rng)
-        clips = [
-            change_speed(self.waveform(clip), speed, rate, _resample)
-            for clip, speed in zip(plan.clips, plan.speeds, strict=True)
-        ]
-        waveform = augment_waveform(join_clips(clips, plan.gaps, plan.silence_levels, rng), config, rng)
+        waveform = self.augmented_waveform(plan, rng)
         dither = {}
         if config.dither > 0:
             seed = int(rng.integers(2**63))
@@ -216,9 +212,24 @@ class SpeechRecognitionDataset(Dataset):
             torch.from_numpy(log_mel)[None], torch.tensor([len(log_mel)])
         )
         features = mask_features(features[0].numpy(), config, rng)
+        return {"input_features": torch.from_numpy(features), "labels": torch.tensor(self.joined_labels(plan))}
+
+    def augmented_waveform(self, plan: ClipPlan, rng: np.random.Generator) -> np.ndarray:
+        """The clips of a plan at their speeds, joined and augmented, float32 `(samples,)`.
+
+        Args:
+            rng (`np.random.Generator`): the generator that the plan was drawn from, where the plan left it.
+        """
+        clips = [
+            change_speed(self.waveform(clip), speed, self.feature_extractor.sampling_rate, _resample)
+            for clip, speed in zip(plan.clips, plan.speeds, strict=True)
+        ]
+        return augment_waveform(join_clips(clips, plan.gaps, plan.silence_levels, rng), self.augmentation, rng)
+
+    def joined_labels(self, plan: ClipPlan) -> list[int]:
+        """Label ids of the joined clips of a plan."""
         text = self.separator.join(self.texts[clip] for clip in plan.clips)
-        labels = self._labels(text, self.utterances[plan.clips[0]].columns)
-        return {"input_features": torch.from_numpy(features), "labels": torch.tensor(labels)}
+        return self._labels(text, self.utterances[plan.clips[0]].columns)
 
     def _labels(self, text: str, columns: Mapping[str, str]) -> list[int]:
         if self.label_maker is not None:

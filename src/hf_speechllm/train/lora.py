@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -62,3 +62,58 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     return frozen
+
+
+def unit_lm_lora_config(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    rows: Literal["frozen", "all", "new"] = "frozen",
+    new_token_ids: Sequence[int] = (),
+) -> "LoraConfig":
+    """`peft.LoraConfig` for a unit language model; the defaults are those of SpeechGPT's third stage.
+
+    What becomes of the rows of the vocabulary:
+
+    * `"frozen"`: they stay. For a model that has learnt its units.
+    * `"all"`: embedding and head are trained in full and stored with the adapter. Tied ones stay tied.
+    * `"new"`: only the rows of `new_token_ids`, and only these are stored; a head that is not tied is trained in full,
+      because TRL's trainers multiply by its weight themselves and cannot see rows that lie beside it. For the same
+      reason TRL (1.16) cannot train a model with tied rows that way; transformers' `Trainer` can, with the model's own
+      loss, which saves as much memory.
+
+    Args:
+        model (`nn.Module`): the causal LM that gets the adapter, before it has it.
+        rank, alpha, dropout, target_modules: of the adapters.
+        rows (`"frozen"`, `"all"` or `"new"`): see above.
+        new_token_ids (`Sequence[int]`): with `"new"`.
+
+    Raises:
+        ValueError: an unknown choice of rows, or `"new"` without ids.
+    """
+    from peft import LoraConfig
+
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    options: dict[str, object] = {}
+    if rows == "all":
+        options = {"modules_to_save": [embedding, head], "ensure_weight_tying": tied}
+    elif rows == "new":
+        if not len(new_token_ids):
+            raise ValueError("new_token_ids: expected the ids of the new tokens, got none")
+        options = {"trainable_token_indices": {embedding: list(new_token_ids)}}
+        if not tied:
+            options["modules_to_save"] = [head]
+    elif rows != "frozen":
+        raise ValueError(f"rows: expected 'frozen', 'all' or 'new', got {rows!r}")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        task_type="CAUSAL_LM",
+        **options,
+    )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -41,7 +41,7 @@ class ModelArguments:
 
     Args:
         pretrained (`str`, *optional*): folder or Hub id to start from; without it a new model of `config` is made.
-        model_type (`str`): family of a new model, `"wenet_u2pp"` or `"funasr_paraformer"`.
+        model_type (`str`): family of a new model: `"wenet_u2pp"`, `"funasr_paraformer"`, `"funasr_sensevoice"`.
         config (`dict`): fields of the model's configuration. With `pretrained` they override its own.
         compute_cmvn (`bool`): measure mean and variance of the training features for a new model.
         attn_implementation (`str`, *optional*), experts_implementation (`str`, *optional*): transformers' switches.
@@ -66,8 +66,8 @@ class DataArguments:
     Args:
         data_dir (`str`, *optional*): folder that relative paths in `train` and `validation` start from.
         train (`list`): sources that are trained on together; each a path, or a mapping with `path`, `where` (column
-            filter), `repeat` (how often an epoch has it) and `columns` (values of columns that its rows lack), or with
-            `hub`, `split`, `audio_column`, `text_column`.
+            filter), `repeat` (how often an epoch has it), `columns` (values of columns that its rows lack) and `text`
+            (in place of every transcript), or with `hub`, `split`, `audio_column`, `text_column`.
         validation (`list`): the same, for the evaluation while training.
         tokenizer (`str`, *optional*): folder of a tokenizer, for a new model. Default: units from the training text.
         unit (`str`): `"word"` or `"char"`: what the units of a new tokenizer are.
@@ -114,6 +114,9 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+_RunConfig = TypeVar("_RunConfig")
+
+
 def expand_environment(value: Any, where: str) -> Any:
     """Replace `${NAME}` in every string of a nested structure.
 
@@ -135,7 +138,7 @@ def expand_environment(value: Any, where: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", lookup, value)
 
 
-def parse_overrides(arguments: Sequence[str], training_keys: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(arguments: Sequence[str], training_keys: Sequence[str], kind: type = RunConfig) -> dict[str, Any]:
     """`--group.key value`, `--key value`, `--key=value` (a flag without value is true) to dotted keys and values.
 
     Raises:
@@ -143,7 +146,7 @@ def parse_overrides(arguments: Sequence[str], training_keys: Sequence[str]) -> d
     """
     groups: dict[str, set[str]] = {
         entry.name: {inner.name for inner in dataclasses.fields(entry.type)}
-        for entry in dataclasses.fields(RunConfig)
+        for entry in dataclasses.fields(kind)
         if dataclasses.is_dataclass(entry.type)
     }
     groups["training"] = set(training_keys)
@@ -186,14 +189,18 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 
 def load_run_config(
-    path: str | Path | None, overrides: Sequence[str] = (), training_keys: Sequence[str] = ()
-) -> RunConfig:
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    training_keys: Sequence[str] = (),
+    kind: type[_RunConfig] = RunConfig,
+) -> _RunConfig:
     """Read a run file and apply command-line overrides.
 
     Args:
         path (`str` or `Path`, *optional*): YAML file; `None` starts from the defaults.
         overrides (`Sequence[str]`): command-line arguments after the file.
         training_keys (`Sequence[str]`): fields of the training arguments, for `--key` without its group.
+        kind (`type`): the dataclass of the groups.
 
     Raises:
         RunConfigError: an unreadable file, unknown group or key, or an unset environment variable.
@@ -206,7 +213,7 @@ def load_run_config(
             raise RunConfigError(f"{path}: expected a YAML file, found {error}") from None
     if not isinstance(content, dict):
         raise RunConfigError(f"{path}: expected a mapping of groups, found {type(content).__name__}")
-    for key, value in parse_overrides(overrides, training_keys).items():
+    for key, value in parse_overrides(overrides, training_keys, kind).items():
         *parents, last = key.split(".")
         target = content
         for parent in parents:
@@ -215,7 +222,7 @@ def load_run_config(
                 raise RunConfigError(f"--{key}: expected {parent} to be a mapping, found {type(target).__name__}")
         target[last] = value
     content = expand_environment(content, str(path))
-    groups = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
+    groups = {entry.name: entry.type for entry in dataclasses.fields(kind)}
     if unknown := content.keys() - groups.keys():
         raise RunConfigError(f"{path}: expected the groups {sorted(groups)}, found {sorted(unknown)}")
     built = {}
@@ -227,4 +234,4 @@ def load_run_config(
             built[name] = values
         else:
             raise RunConfigError(f"{path}: training: expected a mapping, found {type(values).__name__}")
-    return RunConfig(**built)
+    return kind(**built)

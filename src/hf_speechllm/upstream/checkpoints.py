@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import pickletools
 import re
+import reprlib
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -110,8 +113,24 @@ def check_archive(path: Path) -> None:
     Raises:
         UnsafeArtifactError: see `read_state_dict`.
     """
+    members = check_members(path)
+    pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise UnsafeArtifactError("no single data.pkl", file=path, actual=[m.filename for m in pickles])
+    if pickles[0].file_size > MAX_PICKLE_BYTES:
+        raise UnsafeArtifactError("pickle is too large", file=path, key=pickles[0].filename)
+    with typed_zip_errors(path), zipfile.ZipFile(path) as archive:
+        _check_pickle(path, archive.read(pickles[0]), {m.filename.split("/", 1)[1]: m.file_size for m in members})
+
+
+def check_members(path: Path) -> list[zipfile.ZipInfo]:
+    """The members of a checkpoint, after checks of the zip directory: uncompressed, named as `torch.save` names them.
+
+    Raises:
+        UnsafeArtifactError: see `read_state_dict`.
+    """
     size = path.stat().st_size
-    try:
+    with typed_zip_errors(path):
         with path.open("rb") as stream:
             if stream.read(4) != b"PK\x03\x04":
                 raise UnsafeArtifactError("not a zip-format checkpoint", file=path, expected="written by torch.save")
@@ -125,12 +144,14 @@ def check_archive(path: Path) -> None:
                     "too many members", file=path, expected=f"at most {MAX_MEMBERS}", actual=len(members)
                 )
             _check_members(path, size, members)
-            pickles = [member for member in members if member.filename.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise UnsafeArtifactError("no single data.pkl", file=path, actual=[m.filename for m in pickles])
-            if pickles[0].file_size > MAX_PICKLE_BYTES:
-                raise UnsafeArtifactError("pickle is too large", file=path, key=pickles[0].filename)
-            _check_pickle(path, archive.read(pickles[0]), {m.filename.split("/", 1)[1]: m.file_size for m in members})
+    return members
+
+
+@contextmanager
+def typed_zip_errors(path: Path) -> Iterator[None]:
+    """Turns what `zipfile` raises for a damaged file into an `UnsafeArtifactError` that names it."""
+    try:
+        yield
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, struct.error, UnicodeDecodeError) as error:
         raise UnsafeArtifactError("damaged zip file", file=path, actual=f"{type(error).__name__}: {error}") from None
 
@@ -245,7 +266,7 @@ def _check_storage(path: Path, reference: object, sizes: dict[str, int]) -> None
                     actual=actual,
                 )
         case _:
-            raise UnsafeArtifactError("malformed storage reference", file=path, actual=repr(reference))
+            raise UnsafeArtifactError("malformed storage reference", file=path, actual=reprlib.repr(reference))
 
 
 def _check_tensor(tensor: torch.Tensor, path: Path, name: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import read_utf8, require_regular_file
+from .json_config import read_json
 from .yaml_config import read_yaml_mapping
 
 
-MAX_JSON_BYTES = 1 << 20
 MAX_TOKENS_BYTES = 32 << 20
 MAX_TOKENS = 1_000_000
 MAX_SEG_DICT_BYTES = 64 << 20
@@ -91,7 +91,7 @@ def open_funasr_pack(directory: str | PathLike[str]) -> FunasrPack:
     files: dict[str, Path] = {}
     description = directory / "configuration.json"
     if description.exists():
-        content = _read_json(description)
+        content = read_json(description)
         metas = content.get("file_path_metas", {}) if isinstance(content, dict) else None
         if not isinstance(metas, dict):
             raise UnsafeArtifactError("not a mapping", file=description, key="file_path_metas", expected="mapping")
@@ -124,7 +124,7 @@ def read_token_list(path: str | PathLike[str]) -> dict[str, int]:
     """
     path = Path(path)
     if path.suffix == ".json":
-        tokens = _read_json(path, MAX_TOKENS_BYTES)
+        tokens = read_json(path, MAX_TOKENS_BYTES)
         if not isinstance(tokens, list):
             raise UnsafeArtifactError("not a list of tokens", file=path, actual=type(tokens).__name__)
     else:
@@ -208,21 +208,3 @@ def _file_of_pack(directory: Path, name: str, source: Path, key: str) -> Path | 
     if not target.is_relative_to(root) and not in_cache:
         raise UnsafeArtifactError("link leads out of the pack", file=path, key=key, actual=target)
     return require_regular_file(path, MAX_PACK_FILE_BYTES)
-
-
-def _read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> object:
-    def refuse(name: str) -> object:
-        raise UnsafeArtifactError("not a finite number", file=path, actual=name)
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise UnsafeArtifactError("key occurs twice", file=path, actual=[key for key, _ in pairs])
-        return table
-
-    try:
-        return json.loads(read_utf8(path, max_bytes), parse_constant=refuse, object_pairs_hook=unique)
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UnsafeArtifactError("not valid JSON", file=path, actual=type(error).__name__) from None

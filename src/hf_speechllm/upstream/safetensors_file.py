@@ -1,4 +1,4 @@
-"""Writing a `safetensors` file tensor by tensor.
+"""Writing a `safetensors` file tensor by tensor, and reading that of a stranger.
 
 The library's own writer holds a copy of all tensors as bytes. This one holds none, so that a checkpoint whose tensors
 are memory mapped is converted in little more than the memory of its largest tensor.
@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .errors import UnsafeArtifactError
+from .files import require_regular_file
 from .memory_pages import release_pages
 
 
@@ -29,6 +32,33 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+MAX_FILE_BYTES = 64 << 30
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory mapped: it must stay in place while they are used.
+
+    Raises:
+        UnsafeArtifactError: a damaged file, no tensor in it, or a value that is not finite.
+        ConversionError: the file is missing.
+    """
+    path = require_regular_file(path, MAX_FILE_BYTES)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensors[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UnsafeArtifactError("damaged safetensors file", file=path, actual=str(error)) from None
+    if not tensors:
+        raise UnsafeArtifactError("file holds no tensors", file=path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UnsafeArtifactError("weight is not finite", file=path, key=name, actual="NaN or infinity")
+        release_pages(tensor)
+    return tensors
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,250 @@
+"""Processor of unit language models: questions in text or speech to ids, what the model wrote back to its parts.
+
+It owns a tokenizer and the templates, and no model: the one that turns recordings into units is given to a call.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from .answers_speechgpt_lm import SpeechGptAnswer, parse_answer
+from .anygpt_dialogue import TEMPLATES, AnyGptAnswer, dialogue_text, parse_reply, speech_string, voice_message
+from .audio_file import decode_audio_file
+from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .prompts_speechgpt_lm import (
+    META_INSTRUCTION,
+    STYLES,
+    Modality,
+    SpeechGptTurn,
+    Style,
+    inference_prompt,
+    question_with_units,
+    replace_recordings,
+)
+from .resampling import resample
+from .unit_string import unit_string
+
+
+TEMPLATE_NAMES = ("SpeechGPT", *TEMPLATES)
+
+
+class SpeechGptProcessor(ProcessorMixin):
+    r"""Tokenizer and templates of a unit language model.
+
+    Args:
+        tokenizer: of the model; it pads on the left for `generate`.
+        template (`str`): `"SpeechGPT"`, or one of AnyGPT's, `"AnyGPT"` and `"MMGPT"`.
+        style (`str`): of SpeechGPT's texts, `"released"` or `"paper"`, see [`inference_prompt`].
+        prefix (`str`): the meta instruction before every dialogue of SpeechGPT.
+        sampling_rate (`int`): Hz, of what the unit model reads.
+
+    Raises:
+        ValueError: an unknown template or style.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        template: str = "SpeechGPT",
+        style: Style = "released",
+        prefix: str = META_INSTRUCTION,
+        sampling_rate: int = 16000,
+        **kwargs,
+    ):
+        if template not in TEMPLATE_NAMES:
+            raise ValueError(f"template: expected one of {TEMPLATE_NAMES}, got {template!r}")
+        if style not in STYLES:
+            raise ValueError(f"style: expected one of {STYLES}, got {style!r}")
+        self.template, self.style, self.prefix, self.sampling_rate = template, style, prefix, sampling_rate
+        super().__init__(tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        text: str | Sequence[str | None] | None = None,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        units: Sequence[int] | str | Sequence[Sequence[int] | str] | None = None,
+        units_model: PreTrainedModel | None = None,
+        output: Modality = "speech",
+        style: Style | None = None,
+        history: str | Sequence[SpeechGptTurn] = (),
+        read_paths: bool = False,
+        padding: bool = True,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Inputs of `generate` for one question, or for a list of them.
+
+        Args:
+            text: the question; or the instruction, where there is a recording as well.
+            audio: the recording: see [`read_audio`]; a list for several questions. It needs `units_model`.
+            sampling_rate: Hz, of arrays in `audio`.
+            units: the recording as units or as their string, instead of `audio`.
+            units_model: a model with `encode`; its `reduced_ids` are what SpeechGPT reads, its first codebook what
+                AnyGPT reads.
+            output: the modality of the answer. Only the paper's style tells it to the model.
+            style: instead of the processor's own.
+            history: the dialogue before this question, the same for every question of a list.
+            read_paths: replace the paths of recordings in `text`, see [`replace_recordings`].
+            padding, return_tensors, kwargs: of the tokenizer.
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch, tokens)`, int64, 1 = real, padded on the left.
+
+        Raises:
+            ValueError: neither text nor recording, lists of different lengths, or no `units_model` for audio.
+            AudioError: audio that cannot be read.
+        """
+        prompts = self.prompts(
+            text, audio, sampling_rate, units, units_model, output, style, history, read_paths=read_paths
+        )
+        encoded = self.tokenizer(
+            prompts, padding=padding, padding_side="left", return_tensors=return_tensors, **kwargs
+        )
+        return BatchFeature({key: encoded[key] for key in ("input_ids", "attention_mask")})
+
+    def prompts(
+        self,
+        text: str | Sequence[str | None] | None = None,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        units: Sequence[int] | str | Sequence[Sequence[int] | str] | None = None,
+        units_model: PreTrainedModel | None = None,
+        output: Modality = "speech",
+        style: Style | None = None,
+        history: str | Sequence[SpeechGptTurn] = (),
+        read_paths: bool = False,
+    ) -> list[str]:
+        """The prompts that [`__call__`] turns into ids; its arguments are explained there."""
+        texts = [text] if text is None or isinstance(text, str) else list(text)
+        if audio is not None:
+            if units is not None:
+                raise ValueError("units: expected audio or units, got both")
+            spoken = self.encode_audio(audio if isinstance(audio, list) else [audio], units_model, sampling_rate)
+        elif units is None:
+            spoken = [None] * len(texts)
+        elif isinstance(units, str) or (len(units) and isinstance(units[0], int)):
+            spoken = [self.unit_string(units)]
+        else:
+            spoken = [self.unit_string(row) for row in units]
+        if text is None:
+            texts = [None] * len(spoken)
+        if len(texts) != len(spoken):
+            raise ValueError(f"text: expected one for each of {len(spoken)} recordings, got {len(texts)}")
+        prompts = []
+        for words, said in zip(texts, spoken, strict=True):
+            is_spoken = said is not None
+            if read_paths and words is not None:
+                typed, words = words, replace_recordings(words, lambda path: self.encode_audio([path], units_model)[0])
+                is_spoken = is_spoken or words != typed
+            if words is None and said is None:
+                raise ValueError("processor: expected text, audio or units for every question")
+            prompts.append(self._prompt(words, said, is_spoken, output, style or self.style, history))
+        return prompts
+
+    def _prompt(
+        self,
+        words: str | None,
+        said: str | None,
+        is_spoken: bool,
+        output: Modality,
+        style: Style,
+        history: str | Sequence[SpeechGptTurn],
+    ) -> str:
+        if self.template != "SpeechGPT":
+            template = TEMPLATES[self.template]
+            message = words if said is None else (voice_message(said) if words is None else f"{words} {said}")
+            if isinstance(history, str):
+                end = dialogue_text([(message, None)], template).removeprefix(template.system)
+                return (history or template.system) + end
+            before = [(turn.question_units or turn.question, turn.answer) for turn in history]
+            return dialogue_text([*before, (message, None)], template)
+        question = words if said is None else question_with_units(words, said)
+        asked: Modality = "speech" if is_spoken else "text"
+        return inference_prompt(question, history, style, (asked, output), self.prefix)
+
+    # -- speech ------------------------------------------------------------------------------------------------------
+    def unit_string(self, units: Sequence[int] | Tensor | str) -> str:
+        """Units as this template writes them; a string stays as it is."""
+        if isinstance(units, str):
+            return units
+        return unit_string(units) if self.template == "SpeechGPT" else speech_string(units)
+
+    def read_audio(self, audio: Any, sampling_rate: int | None = None) -> Tensor:
+        """Mono waveform `(samples,)`, float32, at `self.sampling_rate`.
+
+        Args:
+            audio: a path, the bytes of a file, an open file, an array or tensor at `sampling_rate`, or a dictionary
+                with `array` and `sampling_rate`, or with `bytes` or `path` (as data sets give it).
+
+        Raises:
+            AudioError: anything else, an unknown rate, or audio that cannot be used.
+        """
+        if isinstance(audio, dict):
+            samples = audio.get("array") if audio.get("array") is not None else audio.get("raw")
+            if samples is not None:
+                return self.read_audio(samples, audio.get("sampling_rate", sampling_rate))
+            source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
+            if source is None:
+                raise AudioError(f"audio: expected `array`, `raw`, `bytes` or `path`, got {list(audio)}")
+            return self.read_audio(source)
+        if isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(audio, "read"):
+            waveform, sampling_rate = decode_audio_file(audio)
+        else:
+            waveform = to_mono_waveform(audio).cpu()
+        if sampling_rate is None or sampling_rate != int(sampling_rate) or sampling_rate <= 0:
+            raise AudioError(f"sampling_rate: expected a positive integer in Hz, got {sampling_rate}")
+        return resample(waveform, int(sampling_rate), self.sampling_rate)
+
+    @torch.no_grad()
+    def encode_audio(
+        self, audio: Sequence[Any], units_model: PreTrainedModel | None, sampling_rate: int | None = None
+    ) -> list[str]:
+        """Strings of units of recordings, encoded together.
+
+        Raises:
+            ValueError: no `units_model`. AudioError: see [`read_audio`].
+        """
+        if units_model is None:
+            raise ValueError("units_model: expected the model that turns audio into units, got none")
+        waveforms = [self.read_audio(item, sampling_rate) for item in audio]
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
+        values = pad_sequence(waveforms, batch_first=True).to(units_model.device)
+        mask = (torch.arange(values.shape[1]) < lengths[:, None]).long().to(units_model.device)
+        if self.template == "SpeechGPT":
+            rows = units_model.encode(values, mask).reduced_ids
+        else:
+            # AnyGPT reads the first codebook, with its repeats.
+            rows = units_model.encode(values, mask, num_quantizers=1).audio_codes[:, 0]
+        return [self.unit_string(row.tolist()) for row in rows]
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+    def parse(self, text: str, prompt: str | None = None) -> SpeechGptAnswer | AnyGptAnswer:
+        """The last answer in a decoded text, or the one with which `text` goes on after `prompt`; see
+        [`parse_answer`]."""
+        return parse_answer(text, prompt) if self.template == "SpeechGPT" else parse_reply(text)
+
+    def decode(self, token_ids: Tensor | Sequence[int], skip_special_tokens: bool = True, **kwargs) -> str:
+        """Text of one sequence of ids."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(
+        self, sequences: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """Texts of sequences of ids."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+
+    def post_process_answers(
+        self, sequences: Tensor | Sequence[Sequence[int]]
+    ) -> list[SpeechGptAnswer | AnyGptAnswer]:
+        """Answers in what `generate` gave: prompts with their continuations, or continuations alone."""
+        return [self.parse(text) for text in self.batch_decode(sequences)]
+
+
+SpeechGptProcessor.register_for_auto_class()

@@ -1,0 +1,169 @@
+"""Measure a unit language model on held-out speech: perplexity, recognition, synthesis, and spoken dialogue.
+
+    python training/evaluate_unit_lm.py MODEL --speech SPEECH.parquet --dialogues DIALOGUES.parquet \
+        --vocoder VOCODER --recogniser RECOGNISER --output OUT.json
+
+Parquet files are those of `training/extract_units.py`; dialogues also have `answer_text`. Any stage can be measured,
+also one that has not yet learned the task. Figures:
+
+* `unit_perplexity`: of `<sosp>...<eosp>` lines, over units and `<eosp>`;
+* `recognition_wer`: the text that the model writes for units, against the transcript;
+* `synthesis_wer`: the model speaks the transcript (units, vocoder), the recogniser writes down what it hears;
+* `resynthesis_wer`: the same for the recording's own units, which bounds the synthesis from below;
+* `transcript_wer`, `answer_wer`, `spoken_answer_wer`: of spoken dialogues, the question as the model understood it,
+  its answer in text, and what the recogniser hears of its spoken answer, against the transcript and the right answer.
+
+An answer without the part that is measured counts as an empty text, all words deleted. Word error rates in percent.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the evaluation; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a unit LM")
+    parser.add_argument("--speech", type=Path, required=True, help="parquet with text and units")
+    parser.add_argument("--dialogues", type=Path, help="parquet with text, units and answer_text")
+    parser.add_argument("--vocoder", help="folder of a unit vocoder; without it nothing is spoken")
+    parser.add_argument("--recogniser", help="folder of the recogniser that listens")
+    parser.add_argument("--speaker", help="voice of the vocoder, by name")
+    parser.add_argument("--style", choices=("released", "paper"), default="released")
+    parser.add_argument("--limit", type=int, default=200, help="rows of each file")
+    parser.add_argument("--max_new_tokens", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
+    parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args(argv)
+
+    import evaluate
+    import torch
+    from datasets import Dataset
+    from tqdm import tqdm
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+
+    import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
+    from hf_speechllm.models.answers_speechgpt_lm import parse_answer
+    from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
+    from hf_speechllm.models.unit_string import parse_unit_string, unit_string
+    from hf_speechllm.train.metrics import metric_path
+
+    set_seed(arguments.seed)
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trust)
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, **trust).eval().to(arguments.device)
+    vocoder = recognise = None
+    if arguments.vocoder is not None:
+        vocoder = AutoModel.from_pretrained(arguments.vocoder, **trust).eval().to(arguments.device)
+        if arguments.recogniser is None:
+            parser.error("--vocoder: expected --recogniser as well")
+        recognise = pipeline("automatic-speech-recognition", model=arguments.recogniser, trust_remote_code=True)
+    wer = evaluate.load(metric_path("wer"))
+
+    def rows_of(path: Path) -> list[dict[str, Any]]:
+        return list(Dataset.from_parquet(str(path)))[: arguments.limit]
+
+    def error_rate(texts: Sequence[str], references: Sequence[str]) -> float:
+        return round(100.0 * wer.compute(predictions=list(texts), references=list(references))["wer"], 2)
+
+    @torch.no_grad()
+    def perplexity(rows: Sequence[dict]) -> float:
+        total = count = 0.0
+        for row in tqdm(rows, desc="perplexity"):
+            ids = tokenizer(unit_string(row["units"]), return_tensors="pt").input_ids.to(model.device)
+            scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            losses = -scores.gather(-1, ids[0, 1:, None])[:, 0]
+            # What comes before the first unit is given: the beginning of the text and <sosp>.
+            losses = losses[len(losses) - len(row["units"]) - 1 :]
+            total, count = total + float(losses.sum()), count + len(losses)
+        return round(math.exp(total / count), 3)
+
+    @torch.no_grad()
+    def continue_texts(prompts: Sequence[str], name: str) -> list[str]:
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        answers = [""] * len(prompts)
+        sampling = {"do_sample": False}
+        if arguments.temperature > 0:
+            sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+        for start in tqdm(range(0, len(order), arguments.batch_size), desc=name):
+            batch = order[start : start + arguments.batch_size]
+            inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
+            found = model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=arguments.max_new_tokens,
+                **sampling,
+            )
+            for index, ids in zip(batch, found[:, inputs.input_ids.shape[1] :], strict=True):
+                answers[index] = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
+        return answers
+
+    @torch.no_grad()
+    def listen(units: Sequence[Sequence[int]], name: str) -> list[str]:
+        texts = []
+        for row in tqdm(units, desc=name):
+            if not len(row):
+                texts.append("")
+                continue
+            waveform = vocoder.synthesize(list(row), speaker=arguments.speaker)
+            audio = {"array": waveform.cpu().numpy(), "sampling_rate": vocoder.config.sampling_rate}
+            texts.append(recognise(audio)["text"])
+        return texts
+
+    rng = torch.Generator().manual_seed(arguments.seed)
+
+    def task(descriptions: Sequence[str], source: str) -> str:
+        description = descriptions[int(torch.randint(len(descriptions), (), generator=rng))]
+        asked = cross_modal_text(description, source, "", arguments.style)
+        return META_INSTRUCTION + asked[: asked.index("[SpeechGPT]:")] + "[SpeechGPT]:"
+
+    def before_end(text: str) -> str:
+        return text.split("<eoa>")[0].split(tokenizer.eos_token)[0].strip()
+
+    speech = rows_of(arguments.speech)
+    texts = [row["text"] for row in speech]
+    result: dict[str, Any] = {"model": Path(arguments.model).name, "rows": len(speech)}
+    result["unit_perplexity"] = perplexity(speech)
+    prompts = [task(RECOGNITION_DESCRIPTIONS, unit_string(row["units"])) for row in speech]
+    written = [before_end(text) for text in continue_texts(prompts, "recognition")]
+    result["recognition_wer"] = error_rate(written, texts)
+    if vocoder is not None:
+        prompts = [task(SYNTHESIS_DESCRIPTIONS, text) for text in texts]
+        spoken = [parse_unit_string(before_end(text)) for text in continue_texts(prompts, "synthesis")]
+        result["synthesis_wer"] = error_rate(listen(spoken, "listening"), texts)
+        result["resynthesis_wer"] = error_rate(listen([row["units"] for row in speech], "listening"), texts)
+    if arguments.dialogues is not None:
+        dialogues = rows_of(arguments.dialogues)
+        questions = [unit_string(row["units"]) for row in dialogues]
+        prompts = [
+            inference_prompt(question, style=arguments.style, modalities=("speech", "speech")).rstrip(" ")
+            for question in questions
+        ]
+        answers = [parse_answer(text) for text in continue_texts(prompts, "dialogue")]
+        right = [row["answer_text"] for row in dialogues]
+        result["dialogues"] = len(dialogues)
+        asked = [row["text"] for row in dialogues]
+        result["transcript_wer"] = error_rate([a.transcript or "" for a in answers], asked)
+        result["answer_wer"] = error_rate([a.text or "" for a in answers], right)
+        if vocoder is not None:
+            result["spoken_answer_wer"] = error_rate(listen([a.units for a in answers], "listening"), right)
+    print(json.dumps(result, indent=1))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""Speech units of every utterance of a data set, as parquet.
+
+    python training/extract_units.py UNITS_MODEL DATA/digits/train UNITS.parquet
+    python training/extract_units.py UNITS_MODEL DATA.jsonl UNITS.parquet --where split=train --batch_seconds 60
+
+UNITS_MODEL is a folder or Hub id of a `speechgpt_units` model. Rows, in the order of the manifest: `key`, `text`,
+`speaker`, `units` (adjacent repeats removed), `durations` (frames of each), and every other column of the manifest.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the extraction; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a units model")
+    parser.add_argument("data", type=Path, help="audiofolder, .jsonl file or Kaldi folder")
+    parser.add_argument("output", type=Path, help="parquet file")
+    parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these rows")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio of one batch, padding included")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    arguments = parser.parse_args(argv)
+
+    from datasets import Dataset
+    from transformers import AutoModel
+
+    import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.data.manifests import read_manifest
+    from hf_speechllm.data.unit_extraction import extract_units
+
+    where = {name: values.split(",") for name, _, values in (item.partition("=") for item in arguments.where)}
+    utterances = read_manifest(arguments.data, where=where)
+    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    rows = extract_units(model.eval().to(arguments.device), utterances, arguments.batch_seconds)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(str(arguments.output))
+    print(f"{len(rows)} utterances, {sum(len(row['units']) for row in rows)} units: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,282 @@
+"""Train a vocoder of speech units: unit HiFi-GAN with a duration predictor.
+
+    python training/train_unit_vocoder.py training/recipes/speechgpt_unit_vocoder/digits.yaml \\
+        --data_dir DATA/digits --units_model UNITS --output_dir RUN
+    python training/train_unit_vocoder.py RECIPE.yaml --max_steps 100000 --resume true
+
+One YAML file describes one run; `--key value` overrides it. Groups: `model` (its `config` holds fields of
+`SpeechGptUnitVocoderConfig`, or `pretrained` names a vocoder to start from), `data` (sources as in `train_asr.py`;
+their text is not used), `vocoder` (`UnitVocoderArguments` below), `training` (`GanTrainingArguments`). Units come from
+`units_model`, a `speechgpt_units` model; they are computed once, and kept in `units_cache` if that is named.
+`--resume true` goes on from the newest complete checkpoint. The folder `output_dir` receives checkpoints, `log.jsonl`
+and, at its top level, the model that is done.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_speechllm.train.run_config import DataArguments, ModelArguments, load_run_config
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_speechllm.data.manifests import Utterance
+    from hf_speechllm.data.unit_crops import UnitUtterance
+    from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+
+
+@dataclass
+class UnitVocoderArguments:
+    """Units, crops and losses.
+
+    Args:
+        units_model (`str`): folder or Hub id of the `speechgpt_units` model.
+        units_cache (`str`, *optional*): .safetensors file that keeps the units; used if it fits the data and model.
+        batch_seconds (`float`): audio of one batch while units are computed.
+        speakers (`bool`): whether the voice is an input: one row per name in the column `speaker` of the manifests.
+        crop_frames (`int`): frames of a training item.
+        gain_db (`list`): range of the random gain of an item, in dB.
+        discriminators (`list[str]`), discriminator_shrink (`int`): see `build_discriminators`.
+        mel_weights (`list[float]`): weights of the mel spectrograms of 1024, 512, ... samples (`MultiScaleMelLoss`).
+        eval_utterances (`int`): recordings of `data.validation` that are evaluated.
+    """
+
+    units_model: str = ""
+    units_cache: str | None = None
+    batch_seconds: float = 60.0
+    speakers: bool = False
+    crop_frames: int = 28
+    gain_db: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    discriminators: list[str] = field(default_factory=lambda: ["mpd", "msd"])
+    discriminator_shrink: int = 1
+    mel_weights: list[float] = field(default_factory=lambda: [45.0])
+    eval_utterances: int = 100
+
+
+@dataclass
+class UnitVocoderRun:
+    """The groups of a run file; `training` holds the fields of `GanTrainingArguments`, and `resume`."""
+
+    model: ModelArguments = field(default_factory=ModelArguments)
+    data: DataArguments = field(default_factory=DataArguments)
+    vocoder: UnitVocoderArguments = field(default_factory=UnitVocoderArguments)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def frame_units(
+    utterances: "Sequence[Utterance]", model: Any, batch_seconds: float = 60.0, cache: str | None = None
+) -> "list[Tensor]":
+    """Units of the frames of each utterance, `(t,)` int64; from the file `cache` where it has them.
+
+    Args:
+        model: a `speechgpt_units` model in evaluation mode, on any device.
+        cache: .safetensors file. It is used if its utterances and the codebook that it was made with are the same,
+            and else written.
+    """
+    import hashlib
+
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from hf_speechllm.data.waveform_batches import waveform_batches
+
+    keys = json.dumps([f"{item.key} {item.audio if isinstance(item.audio, Path) else ''}" for item in utterances])
+    codebook = model.codebook.float().cpu().contiguous().numpy().tobytes()
+    made_of = hashlib.sha256(keys.encode() + codebook).hexdigest()
+    if cache is not None and Path(cache).is_file():
+        with safe_open(cache, "pt") as file:
+            if (file.metadata() or {}).get("made_of") == made_of:
+                return list(file.get_tensor("unit_ids").split(file.get_tensor("lengths").tolist()))
+    # A source may be repeated in an epoch: the same objects again.
+    different = list({id(item): item for item in utterances}.values())
+    units: dict[int, Tensor] = {}
+    with tqdm(total=len(different), unit="utterance", desc="units") as bar:
+        for batch in waveform_batches(different, model.config.sampling_rate, batch_seconds):
+            output = model.encode(batch.input_values.to(model.device), batch.attention_mask.to(model.device))
+            for row, index in enumerate(batch.indices):
+                units[id(different[index])] = output.unit_ids[row, : output.lengths[row]].cpu()
+            bar.update(len(batch.indices))
+    rows = [units[id(item)] for item in utterances]
+    if cache is not None:
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        save_file({"unit_ids": torch.cat(rows), "lengths": lengths}, cache, metadata={"made_of": made_of})
+    return rows
+
+
+def unit_utterances(
+    utterances: "Sequence[Utterance]", units: "Sequence[Tensor]", speakers: "Sequence[str] | None"
+) -> "list[UnitUtterance]":
+    """Utterances with their units and the number of their speaker.
+
+    Raises:
+        ValueError: an utterance whose speaker is missing or not among `speakers`.
+    """
+    from hf_speechllm.data.unit_crops import UnitUtterance
+
+    rows = []
+    for item, ids in zip(utterances, units, strict=True):
+        if speakers is not None and item.speaker not in speakers:
+            raise ValueError(f"{item.key}: speaker: expected one of {list(speakers)}, found {item.speaker!r}")
+        rows.append(UnitUtterance(item, ids, 0 if speakers is None else speakers.index(item.speaker)))
+    return rows
+
+
+def new_model(
+    fields: dict[str, Any], num_units: int, sampling_rate: int, speakers: "Sequence[str] | None"
+) -> "SpeechGptUnitVocoderModel":
+    """A new vocoder of these configuration fields, with its generator's weights as direction and length."""
+    from hf_speechllm.models.configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
+    from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+
+    fields = {"num_units": num_units, "sampling_rate": sampling_rate, "weight_norm": True} | fields
+    if speakers is not None:
+        fields |= {"num_speakers": len(speakers), "speakers": list(speakers)}
+    if "hifigan_config" in fields:
+        # The width of what enters is the sum of the embeddings, which a recipe need not work out.
+        voices = bool(fields.get("num_speakers") or fields.get("speaker_embedding_size"))
+        width = fields.get("embedding_size", 128) * (1 + voices + bool(fields.get("num_styles")))
+        fields["hifigan_config"] = {
+            "model_in_dim": width,
+            "normalize_before": False,
+            "sampling_rate": sampling_rate,
+            **fields["hifigan_config"],
+        }
+    return SpeechGptUnitVocoderModel(SpeechGptUnitVocoderConfig(**fields))
+
+
+def evaluation(
+    utterances: "Sequence[UnitUtterance]", mel: Any, sampling_rate: int, hop_length: int
+) -> "Callable[[SpeechGptUnitVocoderModel], dict[str, float]]":
+    """Mean over recordings: distance of the mel spectrogram with true durations, and error of the durations."""
+    import torch
+
+    from hf_speechllm.data.unit_crops import UnitCropDataset
+
+    held_out = UnitCropDataset(utterances, 1, hop_length, sampling_rate)
+
+    def evaluate(model: "SpeechGptUnitVocoderModel") -> dict[str, float]:
+        distances, squares, count = [], 0.0, 0
+        for index in range(len(held_out)):
+            waveform, units = (torch.from_numpy(part)[None].to(model.device) for part in held_out.recording(index))
+            if waveform.shape[1] < mel.spectrograms[0].n_fft:
+                continue
+            speaker = {"speaker_id": held_out.utterances[index].speaker_id} if model.config.num_speakers else {}
+            output = model(units, predict_durations=False, return_dict=True, **speaker)
+            distances.append(float(mel.scales(waveform, output.waveform)[0]))
+            if model.config.duration_hidden_size:
+                runs, durations = torch.unique_consecutive(units[0], return_counts=True)
+                said = model.predict_log_durations(runs[None], torch.ones_like(runs, dtype=torch.bool)[None])[0]
+                squares += float((said - (durations + 1).float().log()).square().sum())
+                count += len(runs)
+        metrics = {"mel_l1": sum(distances) / max(1, len(distances))}
+        return metrics | ({"duration_mse": squares / count} if count else {})
+
+    return evaluate
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the recipe; see the module's docstring."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    from train_asr import read_sources
+    from transformers import AutoModel, set_seed
+
+    import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.data.unit_crops import UnitCropDataset, collate_unit_crops
+    from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+    from hf_speechllm.train.discriminators import build_discriminators
+    from hf_speechllm.train.gan_trainer import GanTrainer, GanTrainingArguments, GeneratorStep
+    from hf_speechllm.train.mel_loss import MultiScaleMelLoss
+
+    recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
+    keys = [entry.name for entry in dataclasses.fields(GanTrainingArguments)] + ["resume"]
+    run = load_run_config(recipe, overrides, keys, UnitVocoderRun)
+    options, resume = run.vocoder, run.training.pop("resume", False)
+    args = GanTrainingArguments(**run.training)
+    set_seed(args.seed)
+
+    trust = {"trust_remote_code": run.model.trust_remote_code}
+    units_model = AutoModel.from_pretrained(options.units_model, **trust).eval()
+    utterances, validation = read_sources(run.data.train, run.data), read_sources(run.data.validation, run.data)
+    speakers = sorted({item.speaker or "" for item in utterances}) if options.speakers else None
+    if run.model.pretrained is not None:
+        model = SpeechGptUnitVocoderModel.from_pretrained(run.model.pretrained)
+        if not model.config.weight_norm:
+            model.apply_weight_norm()
+        speakers = model.config.speakers
+    else:
+        rate = units_model.config.sampling_rate
+        model = new_model(run.model.config, units_model.config.num_units, rate, speakers)
+    config = model.config
+
+    validation = [item for item in validation if speakers is None or item.speaker in speakers]
+    validation = validation[:: max(1, len(validation) // options.eval_utterances)][: options.eval_utterances]
+    both = [*utterances, *validation]
+    units = frame_units(both, units_model, options.batch_seconds, options.units_cache)
+    rows = unit_utterances(both, units, speakers)
+    train_rows, eval_rows = rows[: len(utterances)], rows[len(utterances) :]
+    del units_model
+    train_set = UnitCropDataset(
+        train_rows,
+        options.crop_frames,
+        config.hop_length,
+        config.sampling_rate,
+        args.seed,
+        tuple(options.gain_db),
+    )
+
+    mel = MultiScaleMelLoss(config.sampling_rate, options.mel_weights, hop_length=256, mel_scale="slaney")
+
+    def step(generator: Any, batch: "dict[str, Tensor]") -> GeneratorStep:
+        names = ["unit_ids"]
+        names += ["speaker_id"] if config.num_speakers else []
+        names += ["duration_unit_ids", "duration_labels"] if config.duration_hidden_size else []
+        inputs = {name: batch[name] for name in names}
+        output = generator(**inputs, predict_durations=False, return_dict=True)
+        fake = output.waveform[:, : batch["waveform"].shape[1]]
+        losses = {"mel": mel.to(fake.device)(batch["waveform"], fake)}
+        if config.duration_hidden_size:
+            losses["duration"] = output.loss
+        return GeneratorStep(batch["waveform"], fake, losses)
+
+    args.loss_weights = {"mel": 1.0, "duration": 1.0} | args.loss_weights
+    judges = build_discriminators(options.discriminators, options.discriminator_shrink)
+    sizes = {
+        "recordings": len(train_set),
+        "parameters": model.num_parameters(),
+        "discriminator_parameters": sum(parameter.numel() for parameter in judges.parameters()),
+    }
+    print(json.dumps(sizes), flush=True)
+    trainer = GanTrainer(
+        model,
+        step,
+        args,
+        train_set,
+        collate_unit_crops,
+        discriminators=judges if options.discriminators else None,
+        evaluate=evaluation(eval_rows, mel, config.sampling_rate, config.hop_length) if eval_rows else None,
+    )
+    metrics = trainer.train(resume=resume)
+    done = trainer.accelerator.unwrap_model(trainer.generator)
+    done.fold_weight_norm()
+    if trainer.accelerator.is_main_process:
+        done.save_pretrained(args.output_dir)
+        summary = {**sizes, **metrics, "seed": args.seed, "steps": trainer.step_number}
+        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        print(json.dumps(summary), flush=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
