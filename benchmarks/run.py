@@ -21,6 +21,8 @@ import transformers
 from funasr_cif import cif
 from funasr_end_to_end import paraformer, sensevoice
 from funasr_nar import nar
+from speechgpt_units import units
+from speechgpt_vocoder import vocoder
 from speechtokenizer import speechtokenizer
 from timing import HEADER
 from u2pp_attention import attention
@@ -41,7 +43,7 @@ WITH_WENET = {
 }
 WITH_FUNASR = {"cif": cif, "paraformer": paraformer, "sensevoice": sensevoice}
 WITH_SPEECHTOKENIZER = {"speechtokenizer": speechtokenizer}
-WITHOUT_PEER = {"fbank": fbank, "nar": nar}
+WITHOUT_PEER = {"fbank": fbank, "nar": nar, "units": units, "vocoder": vocoder}
 
 
 def main() -> None:

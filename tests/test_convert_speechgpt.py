@@ -86,7 +86,7 @@ def test_report_of_units(pack):
         f"{KMEANS_FILE}: the name says layer 11 and 1000 clusters; taken: layer 3, 12 clusters"
     ]
     names = {path.name for path in (pack.parent / "out").iterdir()}
-    assert {"config.json", "preprocessor_config.json", "modeling_speechgpt_units.py", "mixed_lengths.py"} <= names
+    assert {"config.json", "preprocessor_config.json", "modeling_speechgpt_units.py"} <= names
     assert not AutoFeatureExtractor.from_pretrained(pack.parent / "out").do_normalize
 
 

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import WORDS
+from tiny_speechgpt_lm import build_units, build_vocoder, save_folder
+from tiny_speechtokenizer import tiny_codec
+from transformers import Wav2Vec2FeatureExtractor
 
 import hf_speechllm
 from hf_speechllm.hub.refresh import code_files, refresh_code
@@ -18,21 +22,42 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
-def test_readme_blocks_run(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    """With the tiny model in place of the shipped one, and without the upload."""
+@pytest.fixture(scope="module")
+def named_folders(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models for the folders that the README only names."""
+    root = tmp_path_factory.mktemp("named")
+    folders = {name: root / name.lower() for name in ("LM", "UNITS", "VOCODER", "SPEECHTOKENIZER")}
+    save_folder(folders["LM"])
+    build_units().save_pretrained(folders["UNITS"])
+    Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True).save_pretrained(folders["UNITS"])
+    build_vocoder().save_pretrained(folders["VOCODER"])
+    tiny_codec(num_quantizers=8).save_pretrained(folders["SPEECHTOKENIZER"])
+    # With random weights nothing ends an answer.
+    (folders["LM"] / "generation_config.json").write_text('{"max_new_tokens": 20, "eos_token_id": 2}')
+    return folders
+
+
+def test_readme_blocks_run(tiny_model_dir, named_folders, tmp_path, monkeypatch, capsys):
+    """With the tiny models in place of the shipped one and of those that are only named, and without the upload."""
     pytest.importorskip("peft")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     monkeypatch.chdir(ROOT)
-    namespace = {}
+    namespace = {"torch": torch}
     for block in blocks:
         code = block.replace("pretrained/u2pp_moe_digits", str(tiny_model_dir))
         code = code.replace('"OUT"', repr(str(tmp_path / "out")))
+        for name, folder in named_folders.items():
+            code = code.replace(f'"{name}"', repr(str(folder)))
+        code = code.replace("question.wav", str(EXAMPLES / "audio" / "seven_three_one_nine.wav"))
+        code = code.replace("input_values)", "torch.tensor(audio)[None])")
         code = re.sub(r"^push_folder\(.*$", "", code, flags=re.M)
         if "export_model" in block:
             # What LoRA trained is merged before it is exported.
             namespace["model"] = namespace["model"].merge_and_unload()
         exec(compile(code, "README.md", "exec"), namespace)
+    assert {"text", "units", "dialogue"} <= namespace["answer"].keys() and namespace["piece"].is_last
+    assert namespace["codes"].shape[:2] == (1, 8) and namespace["waveform"].shape[-1] >= len(namespace["audio"])
     printed = capsys.readouterr().out
     assert set(re.findall(r"[a-z]+", printed)) <= set(WORDS) and len(printed.splitlines()) > 3
     assert (tmp_path / "out" / "README.md").is_file()

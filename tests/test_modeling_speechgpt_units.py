@@ -46,8 +46,12 @@ def test_later_layers_are_not_computed():
 @NETWORKS
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_item_of_a_batch_equals_the_item_alone(hubert, normalize, gradient):
-    """Without gradients each goes by itself on a CPU; with them all go together."""
+@pytest.mark.parametrize("at_once", [160_000, 14_000, 0])
+def test_item_of_a_batch_equals_the_item_alone(hubert, normalize, gradient, at_once, monkeypatch):
+    """Without gradients a CPU takes a large batch in small ones, of similar lengths."""
+    if gradient and at_once < 160_000:
+        pytest.skip("with gradients all go together")
+    monkeypatch.setattr("hf_speechllm.models.modeling_speechgpt_units._CPU_SAMPLES", at_once)
     model = tiny_units(hubert=hubert, normalize=normalize)
     waves = noise(*LENGTHS)
     with torch.set_grad_enabled(gradient):
@@ -62,8 +66,16 @@ def test_item_of_a_batch_equals_the_item_alone(hubert, normalize, gradient):
         assert (together.last_hidden_state[row, len(alone) :] == 0).all()
 
 
-def test_short_recordings_go_together_without_gradients_too():
-    """A batch that is hardly padded is one batch: its norm must not see the padding either."""
+@NETWORKS
+def test_one_recording_with_padding(hubert):
+    model, wave = tiny_units(hubert=hubert), noise(3000)[0][None]
+    mask = torch.cat([torch.ones(1, 3000), torch.zeros(1, 2000)], dim=1)
+    padded_wave = torch.cat([wave, torch.full((1, 2000), 0.7)], dim=1)
+    torch.testing.assert_close(model(padded_wave, mask).last_hidden_state, model(wave).last_hidden_state)
+
+
+def test_hardly_any_padding():
+    """The norm must not see it either."""
     model, waves = tiny_units(), noise(4000, 3900, 3950)
     with torch.no_grad():
         together = model(*padded(waves))
@@ -196,6 +208,18 @@ def test_encode_of_several_recordings():
         again = output.reduced_ids[row, :runs].repeat_interleave(output.durations[row, :runs])
         assert torch.equal(again, alone.unit_ids[0])
     assert output.reduced_lengths[2] == 0 and len(set(output.unit_ids[0].tolist())) > 3
+
+
+def test_tuple_is_the_output_class():
+    model, wave = tiny_units(), noise(2000)[0][None]
+    hidden, mask = model(wave, return_dict=False)
+    named = model(wave)
+    assert torch.equal(hidden, named.last_hidden_state) and torch.equal(mask, named.attention_mask)
+
+
+def test_new_codebook_means_nothing_yet():
+    config = tiny_units().config
+    assert not SpeechGptUnitsModel(config).codebook.any()
 
 
 def test_unit_strings():

@@ -225,5 +225,5 @@ def test_tokenizer_of_a_new_model(tmp_path, texts, unit, text, ids, decoded):
 
 
 def test_family_without_a_recipe_is_refused(clips, tmp_path, monkeypatch_module):
-    with pytest.raises(ValueError, match="model_type: .*funasr_sensevoice"):
-        train("digits.yaml", clips, tmp_path, "--model.model_type", "funasr_sensevoice")
+    with pytest.raises(ValueError, match="model_type: .*funasr_fsmn_vad"):
+        train("digits.yaml", clips, tmp_path, "--model.model_type", "funasr_fsmn_vad")

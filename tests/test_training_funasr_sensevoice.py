@@ -78,3 +78,32 @@ def test_lora_changes_only_its_targets(folder):
     }
     assert changed == {name for name in targets if name.endswith("weight")}
     assert AutoProcessor.from_pretrained(run / "merged").tokenizer.tag_id("ja") == ID["ja"]
+
+
+def test_from_scratch_with_a_language_of_which_only_the_tag_is_learned(folder, tmp_path):
+    config = {"hidden_size": 16, "num_hidden_layers": 3, "num_timestamp_prediction_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 16, "fsmn_kernel_size": 3, "hidden_dropout": 0.0}
+    config |= {"language_prompt_ids": {"auto": 0, "en": 4, "de": 5}, "attention_dropout": 0.0, "language_dropout": 1.0}
+    for name, index, text in (("en", 0, "the cat"), ("de", 1, "der Hund")):
+        line = json.dumps({"audio": str(folder / f"{index}.wav"), "text": text})
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n", encoding="utf-8")
+    train_asr.main(
+        [
+            *("--model.model_type", "funasr_sensevoice", "--model.config", json.dumps(config)),
+            *(
+                "--data.train",
+                '[{path: en.jsonl, columns: {language: en}}, {path: de.jsonl, text: "", '
+                "columns: {language: de, event: BGM}}]",
+            ),
+            *("--data_dir", str(tmp_path), "--feature_extractor", "{feature_size: 20, lfr_m: 3, lfr_n: 2}"),
+            *("--use_cpu", "true", "--save_strategy", "no", "--disable_tqdm", "true", "--schedule", "transformers"),
+            *("--max_steps", "150", "--learning_rate", "0.01", "--output_dir", str(tmp_path / "run")),
+        ]
+    )
+    model = AutoModelForCTC.from_pretrained(tmp_path / "run").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    audio = [tones(0.5 + 0.1 * index, index) for index in range(2)]
+    results = processor.post_process_transcription(model.generate(**processor(audio=audio, sampling_rate=16000)))
+    found = [(row["text"], row["language"], row["events"]) for row in results]
+    assert found == [("the cat", "en", ["Speech"]), ("", "de", ["BGM"])]
+    assert "der" not in processor.tokenizer.get_vocab() and "\u2581cat" in processor.tokenizer.get_vocab()

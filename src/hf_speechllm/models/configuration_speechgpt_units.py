@@ -53,13 +53,6 @@ class SpeechGptUnitsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture_choices()
 
-    def to_dict(self) -> dict:
-        """As usual, without what saving and loading fill in by themselves, so that saving again changes nothing."""
-        content = super().to_dict()
-        for name in ("_name_or_path", "architectures", "dtype"):
-            content["hubert_config"].pop(name, None)
-        return content
-
     def validate_architecture_choices(self) -> None:
         """Refuse contradictory values.
 

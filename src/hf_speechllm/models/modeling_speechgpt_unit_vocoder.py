@@ -106,6 +106,8 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         self.generator = SpeechT5HifiGan(config.hifigan_config)
         if config.weight_norm:
             self.generator.apply_weight_norm()
+        # As loading sets it, so that a model saved, loaded and saved again has the same configuration.
+        config.hifigan_config.dtype = self.dtype
         self.post_init()
 
     @torch.no_grad()

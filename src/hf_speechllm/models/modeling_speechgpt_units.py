@@ -21,7 +21,6 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from .configuration_speechgpt_units import SpeechGptUnitsConfig
-from .mixed_lengths import encode_apart, lengths_to_encode_apart
 from .unit_string import parse_unit_string, unit_string
 
 
@@ -32,6 +31,8 @@ __all__ = [
 
 # Of the first convolution's output, while the statistics of a long recording are gathered.
 _STATISTICS_FRAMES = 1 << 15
+# What a CPU computes at once: more only drives the activations out of its caches, less leaves it idle between calls.
+_CPU_SAMPLES = 160_000
 # Entries of the matrix of distances that are computed at once.
 _DISTANCES = 1 << 24
 
@@ -95,6 +96,12 @@ def merge_repeats(unit_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Te
     return reduced, durations, counts
 
 
+def _padded(rows: list[Tensor]) -> SpeechGptUnitsFeatures:
+    hidden = pad_sequence(rows, batch_first=True)
+    counts = torch.tensor([len(row) for row in rows], device=hidden.device)
+    return SpeechGptUnitsFeatures(hidden, torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None])
+
+
 class SpeechGptUnitsModel(PreTrainedModel):
     """HuBERT up to one layer, and the codebook over it."""
 
@@ -113,13 +120,15 @@ class SpeechGptUnitsModel(PreTrainedModel):
         super().__init__(config)
         self.hubert = HubertModel(config.hubert_config)
         self.register_buffer("codebook", torch.zeros(config.num_units, config.hidden_size))
+        # As loading sets it, so that a model saved, loaded and saved again has the same configuration.
+        config.hubert_config.dtype = self.dtype
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SpeechGptUnitsModel):
-            init.normal_(module.codebook)
+            init.zeros_(module.codebook)
 
     # -- units -------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -175,8 +184,13 @@ class SpeechGptUnitsModel(PreTrainedModel):
 
     # -- features ----------------------------------------------------------------------------------------------------
     def forward(
-        self, input_values: Tensor, attention_mask: Tensor | None = None, layer: int | None = None, **kwargs
-    ) -> SpeechGptUnitsFeatures:
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        layer: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SpeechGptUnitsFeatures | tuple:
         """Output of a layer, in one pass over whole recordings however long they are.
 
         Args:
@@ -187,7 +201,9 @@ class SpeechGptUnitsModel(PreTrainedModel):
             ValueError: a layer that the network does not have, or a mask that does not cover a beginning.
         """
         lengths = self._sample_lengths(input_values, attention_mask)
-        return self._one_pass(self._waveforms(input_values, lengths), lengths, self._checked_layer(layer))
+        features = self._one_pass(self._waveforms(input_values, lengths), lengths, self._checked_layer(layer))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return features if return_dict else features.to_tuple()
 
     def extract_features(
         self,
@@ -234,10 +250,7 @@ class SpeechGptUnitsModel(PreTrainedModel):
             together = self._one_pass(waveforms[short, : lengths[short].max()], lengths[short], layer)
             for row, frames, count in zip(short.tolist(), together.last_hidden_state, together.lengths, strict=True):
                 rows[row] = frames[:count]
-        hidden = pad_sequence(rows, batch_first=True)
-        counts = torch.tensor([len(row) for row in rows], device=hidden.device)
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None]
-        return SpeechGptUnitsFeatures(hidden, mask)
+        return _padded(rows)
 
     def _checked_layer(self, layer: int | None) -> int:
         layer, layers = self.config.layer if layer is None else layer, len(self.hubert.encoder.layers)
@@ -322,28 +335,39 @@ class SpeechGptUnitsModel(PreTrainedModel):
     # -- the network -------------------------------------------------------------------------------------------------
     def _one_pass(self, waveforms: Tensor, lengths: Tensor, layer: int) -> SpeechGptUnitsFeatures:
         """Layer `layer` of recordings `(b, s)`, each as if it were alone."""
+        if len(lengths):
+            waveforms = waveforms[:, : lengths.max()]
+        limit = None
+        if waveforms.device.type == "cpu" and not torch.is_grad_enabled():
+            limit = _CPU_SAMPLES
+        if self.config.hubert_config.conv_pos_batch_norm and bool((lengths != waveforms.shape[1]).any()):
+            # It turns the zeros after a recording into something else, for a convolution that sees them.
+            limit = 0
+        if limit is None or len(waveforms) < 2 or waveforms.numel() <= limit:
+            return self._one_batch(waveforms, lengths, layer)
+        batches: list[list[int]] = []
+        counts = lengths.tolist()
+        for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
+            if not batches or (len(batches[-1]) + 1) * counts[batches[-1][0]] > limit:
+                batches.append([])
+            batches[-1].append(row)
+        rows: list[Tensor | None] = [None] * len(waveforms)
+        for batch in batches:
+            found = self._one_batch(waveforms[batch, : counts[batch[0]]], lengths[batch], layer)
+            for row, frames, count in zip(batch, found.last_hidden_state, found.lengths.tolist(), strict=True):
+                rows[row] = frames[:count]
+        return _padded(rows)
+
+    def _one_batch(self, waveforms: Tensor, lengths: Tensor, layer: int) -> SpeechGptUnitsFeatures:
+        """The same in one go."""
         config = self.config
         counts = torch.tensor([config.num_frames(length) for length in lengths.tolist()], device=waveforms.device)
-        if bool((counts == config.num_frames(waveforms.shape[1])).all()) and bool(
-            (lengths == waveforms.shape[1]).all()
-        ):
+        if bool((lengths == waveforms.shape[1]).all()):
             frames = int(counts[0]) if len(counts) else 0
             mask = torch.ones((len(waveforms), frames), dtype=torch.bool, device=waveforms.device)
             if not frames or not len(waveforms):
                 return SpeechGptUnitsFeatures(waveforms.new_zeros((*mask.shape, config.hidden_size)), mask)
             return SpeechGptUnitsFeatures(self._one_recording(waveforms, None, layer), mask)
-        sample_mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-        apart = lengths_to_encode_apart(waveforms, sample_mask)
-        if apart is None and config.hubert_config.conv_pos_batch_norm:
-            # It turns the zeros after a recording into something else, for a convolution that sees them.
-            apart = lengths.tolist()
-        if apart is not None:
-            hidden, mask = encode_apart(
-                lambda row, samples: self._one_pass(samples, lengths[row : row + 1], layer).last_hidden_state,
-                waveforms,
-                apart,
-            )
-            return SpeechGptUnitsFeatures(hidden, mask.to(hidden.device))
         short = config.receptive_field - waveforms.shape[1]
         if short > 0:
             waveforms = nn.functional.pad(waveforms, (0, short))

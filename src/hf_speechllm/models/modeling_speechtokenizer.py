@@ -336,8 +336,8 @@ class SpeechTokenizerModel(PreTrainedAudioTokenizerBase):
     def remove_weight_norm(self) -> None:
         """Fold the direction and magnitude of every convolution into one weight, for inference.
 
-        The model gives the same a little faster, and its checkpoint loads as a folded one (`use_weight_norm: false`).
-        Training goes on better from the one with both.
+        The model gives the same, and its checkpoint loads as a folded one (`use_weight_norm: false`). Training goes on
+        better from the one with both.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and parametrize.is_parametrized(module, "weight"):

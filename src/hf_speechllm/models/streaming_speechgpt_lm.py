@@ -141,7 +141,7 @@ class UnitSpeaker:
         if ready <= self._spoken:
             return torch.zeros(0)
         start = max(self._first, self._spoken - self._reach)
-        frames = torch.tensor([self._frames[start - self._first :]])
+        frames = torch.tensor([self._frames[start - self._first :]], device=self._vocoder.device)
         output = self._vocoder(frames, durations=torch.ones_like(frames), return_dict=True, **self._voice)
         waveform = output.waveform[0, : int(output.lengths[0])].float().cpu()
         offset = (self._spoken - start) * self._hop
