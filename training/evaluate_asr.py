@@ -73,17 +73,13 @@ def main(argv: Sequence[str]) -> None:
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.data.dataset import SpeechRecognitionDataset
-    from hf_speechllm.data.manifests import read_manifest
+    from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.train.metrics import metric_path
 
-    where = {}
-    for item in arguments.where:
-        column, _, values = item.partition("=")
-        where[column] = values.split(",")
     trust = {"trust_remote_code": arguments.trust_remote_code}
     model = AutoModelForSpeechSeq2Seq.from_pretrained(arguments.model, **trust).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **trust)
-    utterances = read_manifest(arguments.data, where)
+    utterances = read_manifest(arguments.data, parse_filters(arguments.where))
     dataset = SpeechRecognitionDataset(utterances, processor.feature_extractor, processor.tokenizer, min_tokens=0)
     if arguments.strings:
         items = joined_strings(dataset, arguments.strings, *arguments.string_length, arguments.seed)

@@ -29,11 +29,10 @@ def main(argv: Sequence[str]) -> None:
     from transformers import AutoModel
 
     import hf_speechllm  # noqa: F401  registers the model families
-    from hf_speechllm.data.manifests import read_manifest
+    from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.data.unit_extraction import extract_units
 
-    where = {name: values.split(",") for name, _, values in (item.partition("=") for item in arguments.where)}
-    utterances = read_manifest(arguments.data, where=where)
+    utterances = read_manifest(arguments.data, where=parse_filters(arguments.where))
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     rows = extract_units(model.eval().to(arguments.device), utterances, arguments.batch_seconds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -159,10 +159,10 @@ def main(argv: Sequence[str]) -> None:
     from transformers import Wav2Vec2FeatureExtractor
 
     import hf_speechllm  # noqa: F401  registers the model families
-    from hf_speechllm.data.manifests import read_manifest
+    from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.train.kmeans import fit_kmeans
 
-    where = {name: values.split(",") for name, _, values in (item.partition("=") for item in arguments.where)}
+    where = parse_filters(arguments.where)
     utterances = [item for source in arguments.data for item in read_manifest(source, where=where)]
     model = load_units_model(arguments).to(arguments.device)
     frames = collect_frames(model, utterances, arguments.max_frames, arguments.batch_seconds, arguments.seed)

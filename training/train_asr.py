@@ -12,52 +12,22 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_speechllm.data.manifests import Utterance
-    from hf_speechllm.train.run_config import DataArguments, RunConfig
+    from hf_speechllm.train.run_config import RunConfig
 
 
 # Families that a recipe can train from scratch; of the others it starts from a converted model.
 NEW_MODEL_TYPES = ("wenet_u2pp", "funasr_paraformer", "funasr_sensevoice")
 # A new SenseVoice model has tags for the published languages, and for German.
 SENSEVOICE_LANGUAGES = ("zh", "en", "yue", "ja", "ko", "de", "nospeech")
-
-
-def read_sources(sources: Sequence[Any], data: "DataArguments") -> "list[Utterance]":
-    """Utterances of every source of `data.train` or `data.validation`, in order.
-
-    A source is a path or a mapping with `path` or `hub`, `repeat`, what its reader takes, and `columns`: values of
-    columns that its manifest lacks or leaves empty, e.g. `{language: en}`. With `text: ""` its transcripts are left
-    out, for a language that only its tag is learned of.
-    """
-    from hf_speechllm.data.manifests import read_hub_dataset, read_manifest
-
-    utterances = []
-    for source in sources:
-        options = {"path": source} if isinstance(source, str) else dict(source)
-        repeat = int(options.pop("repeat", 1))
-        columns, text = options.pop("columns", {}), options.pop("text", None)
-        if "hub" in options:
-            found = read_hub_dataset(options.pop("hub"), **options)
-        else:
-            path = Path(data.data_dir or ".") / options.pop("path")
-            found = read_manifest(path, **options)
-        if columns:
-            found = [
-                replace(item, columns={**columns, **{name: value for name, value in item.columns.items() if value}})
-                for item in found
-            ]
-        if text is not None:
-            found = [replace(item, text=text) for item in found]
-        utterances.extend(found * repeat)
-    return utterances
 
 
 def build_processor(run: "RunConfig", utterances: "Sequence[Utterance]"):
@@ -269,6 +239,7 @@ def main(argv: Sequence[str]) -> None:
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.data.collator import SpeechRecognitionCollator
     from hf_speechllm.data.dataset import SpeechRecognitionDataset
+    from hf_speechllm.data.sources import read_sources
     from hf_speechllm.train.averaging import average_checkpoints, select_checkpoints
     from hf_speechllm.train.lora import freeze, lora_config
     from hf_speechllm.train.metrics import recognition_metrics
@@ -284,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
     args = SpeechTrainingArguments(**{"remove_unused_columns": False, "report_to": "none"} | options)
     set_seed(args.seed)
 
-    train_utterances = read_sources(run.data.train, run.data)
+    train_utterances = read_sources(run.data.train, run.data.data_dir)
     label_maker, model_type = None, run.model.model_type
     if run.model.pretrained is not None:
         trust = {"trust_remote_code": run.model.trust_remote_code}
@@ -308,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
         max_tokens=run.data.max_tokens,
         label_maker=label_maker,
     )
-    validation = read_sources(run.data.validation, run.data)
+    validation = read_sources(run.data.validation, run.data.data_dir)
     eval_set = SpeechRecognitionDataset(validation, *parts, label_maker=label_maker) if validation else None
 
     model = build_model(run, processor.tokenizer, train_set)

@@ -99,10 +99,10 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     import torch
-    from train_asr import read_sources
     from transformers import AutoConfig, EncodecFeatureExtractor, set_seed
 
     import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.data.sources import read_sources
     from hf_speechllm.data.waveform_crops import WaveformCropDataset, collate_crops
     from hf_speechllm.train.discriminators import build_discriminators
     from hf_speechllm.train.gan_trainer import GanTrainer, GanTrainingArguments
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     config = model.config
     frames = int(options.crop_seconds * config.sampling_rate) // config.hop_length
     train_set = WaveformCropDataset(
-        read_sources(run.data.train, run.data),
+        read_sources(run.data.train, run.data.data_dir),
         frames * config.hop_length,
         config.sampling_rate,
         args.seed,
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     mel_loss = MultiScaleMelLoss(config.sampling_rate, options.mel_weights)
     evaluate = None
     if run.data.validation:
-        validation = read_sources(run.data.validation, run.data)[: options.eval_utterances]
+        validation = read_sources(run.data.validation, run.data.data_dir)[: options.eval_utterances]
         held_out = WaveformCropDataset(validation, 1, config.sampling_rate)
         waveforms = [torch.from_numpy(held_out.waveform(index)) for index in range(len(held_out))]
         evaluate = reconstruction_metrics(waveforms, mel_loss)

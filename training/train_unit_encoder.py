@@ -33,7 +33,6 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     import torch
-    from train_asr import read_sources
     from transformers import (
         HubertConfig,
         HubertForCTC,
@@ -43,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         set_seed,
     )
 
+    from hf_speechllm.data.sources import read_sources
     from hf_speechllm.data.waveform_dataset import SpeechWaveformDataset, collate_waveforms
     from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
     from hf_speechllm.train.averaging import average_checkpoints, select_checkpoints
@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
     args = SpeechTrainingArguments(**{"remove_unused_columns": False, "report_to": "none"} | options)
     set_seed(args.seed)
 
-    utterances = read_sources(run.data.train, run.data)
-    validation = read_sources(run.data.validation, run.data)
+    utterances = read_sources(run.data.train, run.data.data_dir)
+    validation = read_sources(run.data.validation, run.data.data_dir)
     if run.model.pretrained is not None:
         tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(run.model.pretrained)
     else:

@@ -84,9 +84,8 @@ def frame_units(
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
-    from hf_speechllm.data.waveform_batches import waveform_batches
+    from hf_speechllm.data.unit_extraction import extract_units
 
     keys = json.dumps([f"{item.key} {item.audio if isinstance(item.audio, Path) else ''}" for item in utterances])
     codebook = model.codebook.float().cpu().contiguous().numpy().tobytes()
@@ -97,13 +96,10 @@ def frame_units(
                 return list(file.get_tensor("unit_ids").split(file.get_tensor("lengths").tolist()))
     # A source may be repeated in an epoch: the same objects again.
     different = list({id(item): item for item in utterances}.values())
-    units: dict[int, Tensor] = {}
-    with tqdm(total=len(different), unit="utterance", desc="units") as bar:
-        for batch in waveform_batches(different, model.config.sampling_rate, batch_seconds):
-            output = model.encode(batch.input_values.to(model.device), batch.attention_mask.to(model.device))
-            for row, index in enumerate(batch.indices):
-                units[id(different[index])] = output.unit_ids[row, : output.lengths[row]].cpu()
-            bar.update(len(batch.indices))
+    units = {
+        id(item): torch.repeat_interleave(torch.tensor(row["units"]).long(), torch.tensor(row["durations"]).long())
+        for item, row in zip(different, extract_units(model, different, batch_seconds), strict=True)
+    }
     rows = [units[id(item)] for item in utterances]
     if cache is not None:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +184,10 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    from train_asr import read_sources
     from transformers import AutoModel, set_seed
 
     import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.data.sources import read_sources
     from hf_speechllm.data.unit_crops import UnitCropDataset, collate_unit_crops
     from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
     from hf_speechllm.train.discriminators import build_discriminators
@@ -207,7 +203,10 @@ def main(argv: Sequence[str]) -> None:
 
     trust = {"trust_remote_code": run.model.trust_remote_code}
     units_model = AutoModel.from_pretrained(options.units_model, **trust).eval()
-    utterances, validation = read_sources(run.data.train, run.data), read_sources(run.data.validation, run.data)
+    utterances, validation = (
+        read_sources(run.data.train, run.data.data_dir),
+        read_sources(run.data.validation, run.data.data_dir),
+    )
     speakers = sorted({item.speaker or "" for item in utterances}) if options.speakers else None
     if run.model.pretrained is not None:
         model = SpeechGptUnitVocoderModel.from_pretrained(run.model.pretrained)

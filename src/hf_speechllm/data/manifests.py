@@ -195,6 +195,11 @@ def read_hub_dataset(
     return utterances
 
 
+def parse_filters(items: Sequence[str]) -> dict[str, list[str]]:
+    """`["split=test", "speaker=a,b"]`, as command lines give it, to the `where` of [`read_manifest`]."""
+    return {column: values.split(",") for column, _, values in (item.partition("=") for item in items)}
+
+
 def read_manifest(source: str | Path, where: Mapping[str, str | Sequence[str]] | None = None) -> list[Utterance]:
     """Read an audiofolder, a jsonl file or a Kaldi folder, whichever `source` is, and filter it by column.
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from hf_speechllm.audio import load_audio
-from hf_speechllm.data.augmentation import sample_generator
+from hf_speechllm.data.augmentation import level, sample_generator
 from hf_speechllm.data.manifests import Utterance
 
 
@@ -101,7 +101,7 @@ class UnitCropDataset(Dataset):
             count += len(units)
         waveform, units = np.concatenate(waves), np.concatenate(rows)
         first = int(rng.integers(len(units) - self.crop_frames + 1))
-        gain = 10 ** (rng.uniform(*self.gain_db) / 20)
+        gain = level(rng.uniform(*self.gain_db))
         samples = slice(first * self.hop_length, (first + self.crop_frames) * self.hop_length)
         return {
             "unit_ids": torch.from_numpy(units[first : first + self.crop_frames]),
