@@ -76,10 +76,11 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.train.metrics import metric_path
 
+    where = parse_filters(arguments.where)
     trust = {"trust_remote_code": arguments.trust_remote_code}
     model = AutoModelForSpeechSeq2Seq.from_pretrained(arguments.model, **trust).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **trust)
-    utterances = read_manifest(arguments.data, parse_filters(arguments.where))
+    utterances = read_manifest(arguments.data, where)
     dataset = SpeechRecognitionDataset(utterances, processor.feature_extractor, processor.tokenizer, min_tokens=0)
     if arguments.strings:
         items = joined_strings(dataset, arguments.strings, *arguments.string_length, arguments.seed)

@@ -203,10 +203,8 @@ def main(argv: Sequence[str]) -> None:
 
     trust = {"trust_remote_code": run.model.trust_remote_code}
     units_model = AutoModel.from_pretrained(options.units_model, **trust).eval()
-    utterances, validation = (
-        read_sources(run.data.train, run.data.data_dir),
-        read_sources(run.data.validation, run.data.data_dir),
-    )
+    utterances = read_sources(run.data.train, run.data.data_dir)
+    validation = read_sources(run.data.validation, run.data.data_dir)
     speakers = sorted({item.speaker or "" for item in utterances}) if options.speakers else None
     if run.model.pretrained is not None:
         model = SpeechGptUnitVocoderModel.from_pretrained(run.model.pretrained)
