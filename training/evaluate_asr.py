@@ -8,6 +8,7 @@ A chunk size is in encoder frames (40 ms at 4x subsampling); -1 is full context.
 streaming: the masked pass computes what feeding chunk by chunk computes. `--decoding default` leaves the choice to the
 model and is what one without decodings and chunks (Paraformer) takes. `--strings N` decodes, instead of the clips,
 N utterances of several clips (`--string_length`) of one speaker with pauses between them, drawn from `--seed`.
+`--language` counts how often a model that says what language it heard (SenseVoice) says this one.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--strings", type=int, default=0)
     parser.add_argument("--string_length", nargs=2, type=int, default=[3, 6], metavar=("LOW", "HIGH"))
+    parser.add_argument("--language", help="the language that is spoken, as the model would name it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust_remote_code", action="store_true")
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
     with tqdm(total=len(runs) * len(items), desc="utterances", disable=None) as progress:
         for decoding, chunk in runs:
             texts: list[str] = [""] * len(items)
+            right_languages = 0
             started = time.perf_counter()
             for start in range(0, len(order), arguments.batch_size):
                 chosen = order[start : start + arguments.batch_size]
@@ -105,14 +108,19 @@ def main(argv: Sequence[str]) -> None:
                     audio=[items[index][0] for index in chosen], sampling_rate=rate, return_tensors="pt"
                 )
                 choice = {} if decoding == "default" else {"decoding": decoding, "num_beams": arguments.num_beams}
-                ids = model.generate(
+                output = model.generate(
                     **inputs.to(arguments.device),
+                    return_dict_in_generate=True,
                     **choice,
                     # Models without chunks do not know the option.
                     **({} if chunk == -1 else {"decoding_chunk_size": chunk}),
                     **options,
                 )
-                for index, text in zip(chosen, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+                if arguments.language is not None:
+                    heard = processor.tokenizer.convert_ids_to_tokens(output.prompt_answers[:, 0].tolist())
+                    right_languages += heard.count(f"<|{arguments.language}|>")
+                decoded = processor.batch_decode(output.sequences, skip_special_tokens=True)
+                for index, text in zip(chosen, decoded, strict=True):
                     texts[index] = text
                 progress.update(len(chosen))
             counts = metric.compute(predictions=texts, references=[text for _, text in items])
@@ -122,6 +130,8 @@ def main(argv: Sequence[str]) -> None:
                 {"decoding": decoding, "chunk_size": chunk, arguments.metric: percent, **counts}
                 | {"real_time_factor": round(elapsed / seconds, 4)}
             )
+            if arguments.language is not None:
+                results[-1]["language_accuracy"] = round(100 * right_languages / len(items), 2)
             print(json.dumps(results[-1]), flush=True)
     report = {
         "model": arguments.model,

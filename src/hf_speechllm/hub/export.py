@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .. import auto  # noqa: F401
@@ -18,6 +20,7 @@ def export_model(
     facts: str | os.PathLike | None = None,
     results: str | os.PathLike | None = None,
     overwrite: bool = False,
+    half_precision_file: bool = False,
 ) -> dict[str, object]:
     """Writes model, processor, code and card beside `folder`, checks the result in a clean process, then renames it.
 
@@ -27,6 +30,8 @@ def export_model(
         facts: YAML facts for the card (see `model_cards/`); no card without them.
         results: JSON results for the card's table.
         overwrite: replace an existing folder.
+        half_precision_file: store the weights as float16, half the size. The configuration keeps its type, to which
+            loading brings them back: what is computed is computed in float32.
 
     Returns:
         The report of [`self_check`].
@@ -44,6 +49,8 @@ def export_model(
     staging.mkdir(parents=True)
     try:
         model.save_pretrained(staging)
+        if half_precision_file:
+            halve(staging / "model.safetensors")
         processor.save_pretrained(staging)
         if facts is not None:
             card = render_card(read_facts(facts, results))
@@ -55,6 +62,21 @@ def export_model(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def halve(path: Path) -> None:
+    """Rewrites a file of weights with its float32 tensors as float16.
+
+    Raises:
+        ValueError: a weight that float16 cannot hold.
+    """
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float32:
+            tensors[name] = tensor.half()
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise ValueError(f"{path}: {name}: expected magnitudes up to 65504, got {float(tensor.abs().max()):g}")
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _replace(staging: Path, folder: Path) -> None:
