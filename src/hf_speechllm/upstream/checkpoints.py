@@ -91,7 +91,7 @@ def read_state_dict(
             if name in allowed_scalars and isinstance(value, (int, float)):
                 continue
             raise ConversionError("value is not a tensor", file=path, key=name, actual=type(value).__name__)
-        _check_tensor(value, path, name)
+        check_tensor(value, path, name)
         view = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if view not in checked:  # tied weights are one view under several names
             checked.add(view)
@@ -269,7 +269,7 @@ def _check_storage(path: Path, reference: object, sizes: dict[str, int]) -> None
             raise UnsafeArtifactError("malformed storage reference", file=path, actual=reprlib.repr(reference))
 
 
-def _check_tensor(tensor: torch.Tensor, path: Path, name: str) -> None:
+def check_tensor(tensor: torch.Tensor, path: Path, name: str) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise UnsafeArtifactError("not a plain tensor", file=path, key=name, actual=f"{tensor.layout} {tensor.device}")
     if tensor.dtype not in _DTYPES:

@@ -6,8 +6,6 @@ Field numbers: `sentencepiece_model.proto` of the SentencePiece project.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import read_bytes
+from .protobuf_message import message_fields
 
 
 MAX_MODEL_BYTES = 64 << 20
@@ -72,15 +71,15 @@ def parse_sentencepiece_model(
     pieces: list[SentencePiece] = []
     trainer: dict[int, object] = {}
     normalizer: dict[int, object] = {}
-    for field, value in _fields(data, path, "model"):
+    for field, value in message_fields(data, path, "model"):
         if field == 1:
             if len(pieces) >= MAX_PIECES:
                 raise UnsafeArtifactError("too many pieces", file=path, expected=f"at most {MAX_PIECES}")
             pieces.append(_piece(_message(value, path, "pieces"), path, len(pieces)))
         elif field == 2:
-            trainer.update(_fields(_message(value, path, "trainer_spec"), path, "trainer_spec"))
+            trainer.update(message_fields(_message(value, path, "trainer_spec"), path, "trainer_spec"))
         elif field == 3:
-            normalizer.update(_fields(_message(value, path, "normalizer_spec"), path, "normalizer_spec"))
+            normalizer.update(message_fields(_message(value, path, "normalizer_spec"), path, "normalizer_spec"))
     if not pieces:
         raise UnsafeArtifactError("no pieces", file=path, key="pieces")
     seen: set[str] = set()
@@ -175,7 +174,7 @@ def charsmap_rules(charsmap: bytes, path: str | PathLike[str] = "<bytes>") -> di
 
 def _piece(data: bytes, path: str | PathLike[str], index: int) -> SentencePiece:
     text, score, kind = None, 0.0, NORMAL
-    for field, value in _fields(data, path, f"pieces[{index}]"):
+    for field, value in message_fields(data, path, f"pieces[{index}]"):
         if field == 1:
             try:
                 text = _message(value, path, f"pieces[{index}].piece").decode("utf-8")
@@ -194,50 +193,6 @@ def _piece(data: bytes, path: str | PathLike[str], index: int) -> SentencePiece:
     if kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
         raise UnsafeArtifactError("unknown piece type", file=path, key=text, actual=kind)
     return SentencePiece(text, score, kind)
-
-
-def _fields(data: bytes, path: str | PathLike[str], where: str) -> Iterator[tuple[int, object]]:
-    """Yields (field number, value) of one message: int for varints, float for 32-bit values, bytes for the rest."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position, path, where)
-        field, wire = tag >> 3, tag & 7
-        if field == 0 or field > (1 << 29) - 1:
-            raise UnsafeArtifactError("bad field number", file=path, key=where, actual=field)
-        if wire == 0:
-            value, position = _varint(data, position, path, where)
-            yield field, value
-            continue
-        if wire == 2:
-            size, position = _varint(data, position, path, where)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise UnsafeArtifactError("bad wire type", file=path, key=f"{where} field {field}", actual=wire)
-        if size > len(data) - position:
-            raise UnsafeArtifactError(
-                "truncated",
-                file=path,
-                key=f"{where} field {field}",
-                expected=f"{size} bytes",
-                actual=len(data) - position,
-            )
-        chunk = data[position : position + size]
-        position += size
-        yield field, struct.unpack("<f", chunk)[0] if wire == 5 else chunk
-
-
-def _varint(data: bytes, position: int, path: str | PathLike[str], where: str) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise UnsafeArtifactError("truncated number", file=path, key=where)
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise UnsafeArtifactError("number longer than 10 bytes", file=path, key=where)
 
 
 def _message(value: object, path: str | PathLike[str], where: str) -> bytes:

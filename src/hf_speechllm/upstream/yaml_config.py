@@ -30,7 +30,7 @@ def read_yaml_mapping(path: str | PathLike[str]) -> dict[str, object]:
     text = read_utf8(path, MAX_YAML_BYTES)
     loader = None
     try:
-        loader = _PlainLoader(text, path)
+        loader = PlainLoader(text, path)
         node = loader.get_single_node()
         if not isinstance(node, MappingNode):
             raise ConversionError("root of the document is not a mapping", file=path, key="<root>", expected="mapping")
@@ -49,7 +49,7 @@ def read_yaml_mapping(path: str | PathLike[str]) -> dict[str, object]:
             loader.dispose()
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """`SafeLoader` that also refuses depth, tags, duplicate keys and exploding aliases."""
 
     def __init__(self, text: str, path: str | PathLike[str]) -> None:
@@ -61,13 +61,16 @@ class _PlainLoader(yaml.SafeLoader):
         where = None if node is None else f"line {node.start_mark.line + 1}"
         return UnsafeArtifactError(message, file=self.path, key=where, **details)
 
+    def accepts_tag(self, tag: str) -> bool:
+        return tag in _PLAIN_TAGS
+
     def compose_node(self, parent: Node | None, index: object) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise self.refuse("nested too deeply", None, expected=f"at most {MAX_DEPTH} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if node.tag not in _PLAIN_TAGS:
+        if not self.accepts_tag(node.tag):
             raise self.refuse("tag is not plain data", node, actual=node.tag)
         return node
 
