@@ -21,10 +21,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from parity.campplus import check_campplus
 from parity.case import Case
+from parity.cosyvoice_flow import check_flow
+from parity.cosyvoice_frontend import check_frontend
+from parity.cosyvoice_hift import check_hift
+from parity.cosyvoice_lm import check_lm
+from parity.cosyvoice_pack import check_pack
+from parity.cosyvoice_sampling import check_sampling
 from parity.funasr_paraformer import check_paraformer
 from parity.funasr_sensevoice import check_sensevoice
 from parity.funasr_streaming import check_streaming
+from parity.s3_tokenizer import check_s3_tokenizer
 from parity.speechgpt_prompts import check_anygpt_prompts, check_prompts
 from parity.speechgpt_units import check_units
 from parity.speechgpt_vocoder import check_vocoder
@@ -38,7 +46,15 @@ CHECKS = {
     "prompts": check_prompts,
     "prompts_anygpt_speech": check_anygpt_prompts,
     "speechtokenizer": check_speechtokenizer,
+    "s3_tokenizer": check_s3_tokenizer,
+    "campplus": check_campplus,
+    "cosyvoice_pack": check_pack,
     "wenet": check_wenet,
+    "cosyvoice_flow": check_flow,
+    "cosyvoice_frontend": check_frontend,
+    "cosyvoice_hift": check_hift,
+    "cosyvoice_lm": check_lm,
+    "cosyvoice_sampling": check_sampling,
     "SenseVoiceSmall": check_sensevoice,
     "ParaformerStreaming": check_streaming,
     **dict.fromkeys(("Paraformer", "BiCifParaformer", "ContextualParaformer", "SeacoParaformer"), check_paraformer),

@@ -33,6 +33,24 @@ SPEECHGPT_CASES = {
     "vocoder_expresso_spk_style": 2,
     "vocoder_lj_dur": 9,
 }
+COSYVOICE = Path(__file__).parent / "golden" / "cosyvoice"
+COSYVOICE_CASES = {
+    "campplus": 2,
+    "frontend": 14,
+    "s3_v1": 10,
+    "s3_v2": 10,
+    "s3_v3": 10,
+    "sampling": 7,
+    "v1_flow": 34,
+    "v1_hift": 17,
+    "v1_lm": 17,
+    "v2_flow": 19,
+    "v2_hift": 17,
+    "v2_lm": 33,
+    "v3_flow": 19,
+    "v3_hift": 9,
+    "v3_lm": 22,
+}
 
 
 def check_parity(*cases: Path) -> tuple[int, list[dict], str]:
@@ -55,10 +73,13 @@ def test_every_case_is_listed():
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(CASES)
     assert sorted(path.name for path in FUNASR.iterdir()) == sorted(FUNASR_CASES)
     assert sorted(path.name for path in SPEECHGPT.iterdir()) == sorted(SPEECHGPT_CASES)
+    assert sorted(path.name for path in COSYVOICE.iterdir()) == sorted(COSYVOICE_CASES)
 
 
 @pytest.mark.parametrize(
-    "folder, cases", [(FUNASR, FUNASR_CASES), (SPEECHGPT, SPEECHGPT_CASES)], ids=["funasr", "speechgpt"]
+    "folder, cases",
+    [(FUNASR, FUNASR_CASES), (SPEECHGPT, SPEECHGPT_CASES), (COSYVOICE, COSYVOICE_CASES)],
+    ids=["funasr", "speechgpt", "cosyvoice"],
 )
 def test_every_case_of_the_other_families_passes(folder, cases):
     status, lines, errors = check_parity(*(folder / name for name in cases))

@@ -11,11 +11,22 @@ import tiny_funasr_paraformer
 import tiny_funasr_sensevoice
 import torch
 from fetch_transformers_tests import FOLDER, PACKAGE
+from tiny_cosyvoice_flow import NO_DROPOUT, tiny_flow
+from tiny_cosyvoice_hift import mel_of, noise_for, tiny_hift
+from tiny_cosyvoice_lm import QWEN, TRANSFORMER
 from tiny_speechgpt_lm import FIRST_UNIT, NUM_UNITS, SIZES
 from tiny_speechgpt_units import BASE as TINY_HUBERT
 from tiny_speechgpt_units import GENERATOR
 from tiny_speechtokenizer import TINY as TINY_CODEC
+from transformers import PreTrainedConfig
 
+from hf_speechllm.models.configuration_cosyvoice2_flow import CosyVoice2FlowConfig
+from hf_speechllm.models.configuration_cosyvoice3_flow import CosyVoice3FlowConfig
+from hf_speechllm.models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
+from hf_speechllm.models.configuration_cosyvoice_flow import CosyVoiceFlowConfig
+from hf_speechllm.models.configuration_cosyvoice_hift import CosyVoiceHiftConfig
+from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
+from hf_speechllm.models.configuration_cosyvoice_transformer_lm import CosyVoiceTransformerLmConfig
 from hf_speechllm.models.configuration_funasr_paraformer import FunasrParaformerConfig
 from hf_speechllm.models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
 from hf_speechllm.models.configuration_speechgpt_lm import SpeechGptConfig
@@ -23,6 +34,14 @@ from hf_speechllm.models.configuration_speechgpt_unit_vocoder import SpeechGptUn
 from hf_speechllm.models.configuration_speechgpt_units import SpeechGptUnitsConfig
 from hf_speechllm.models.configuration_speechtokenizer import SpeechTokenizerConfig
 from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
+from hf_speechllm.models.flow_matching import draw_flow_matching
+from hf_speechllm.models.modeling_cosyvoice2_flow import CosyVoice2FlowModel
+from hf_speechllm.models.modeling_cosyvoice3_flow import CosyVoice3FlowModel
+from hf_speechllm.models.modeling_cosyvoice3_hift import CosyVoice3HiftModel
+from hf_speechllm.models.modeling_cosyvoice_flow import CosyVoiceFlowModel
+from hf_speechllm.models.modeling_cosyvoice_hift import CosyVoiceHiftModel
+from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
+from hf_speechllm.models.modeling_cosyvoice_transformer_lm import CosyVoiceTransformerLm
 from hf_speechllm.models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from hf_speechllm.models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
 from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM
@@ -334,6 +353,82 @@ class Vocoder(Units):
     not_applicable = UNITS_AND_VOCODER
 
 
+class FlowModelTester:
+    """As above, for a flow of CosyVoice with given draws: without them no two passes are the same."""
+
+    batch_size = 3
+    is_training = False
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict]:
+        config = tiny_flow(self.version, **NO_DROPOUT[self.version]).config
+        mel = torch.randn(self.batch_size, 14, config.num_mel_bins)
+        lengths = torch.full((self.batch_size,), 14)
+        return config, {
+            "speech_token_ids": torch.randint(config.vocab_size, (self.batch_size, 7)),
+            "mel": mel,
+            "speaker_embedding": torch.randn(self.batch_size, config.speaker_embedding_size),
+            "draws": draw_flow_matching(mel, lengths, 0.2, 0.5, 0.3, 0.0),
+        }
+
+
+class Flow1(Units):
+    version = 1
+    all_model_classes = (CosyVoiceFlowModel,)
+    config_class = CosyVoiceFlowConfig
+    not_applicable = UNITS_AND_VOCODER | {
+        "test_model_outputs_equivalence": "it subtracts tensors, and the mask of the frames is boolean",
+        "test_batching_equivalence": "it cannot cut the draws into rows; `test_modeling_cosyvoice_flow.py` does",
+    }
+
+    def tester(self) -> FlowModelTester:
+        return FlowModelTester(self.version)
+
+
+class Flow2(Flow1):
+    version = 2
+    all_model_classes = (CosyVoice2FlowModel,)
+    config_class = CosyVoice2FlowConfig
+
+
+class Flow3(Flow1):
+    version = 3
+    all_model_classes = (CosyVoice3FlowModel,)
+    config_class = CosyVoice3FlowConfig
+
+
+class HiftModelTester:
+    """As above, for a HiFT vocoder with given noise."""
+
+    batch_size = 3
+    is_training = False
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict]:
+        model = tiny_hift(self.version)
+        return model.config, {"mel": mel_of(5, rows=self.batch_size), **noise_for(model, 5, rows=self.batch_size)}
+
+
+class Hift1(Units):
+    version = 1
+    all_model_classes = (CosyVoiceHiftModel,)
+    config_class = CosyVoiceHiftConfig
+    not_applicable = UNITS_AND_VOCODER
+
+    def tester(self) -> HiftModelTester:
+        return HiftModelTester(self.version)
+
+
+class Hift3(Hift1):
+    version = 3
+    all_model_classes = (CosyVoice3HiftModel,)
+    config_class = CosyVoice3HiftConfig
+
+
 UNIT_LM = {
     # `test_modeling_speechgpt_lm.py` compares generate() with that of the plain model.
     "test_correct_missing_keys": "the backbone alone is a Llama, with a Llama's configuration",
@@ -378,10 +473,89 @@ class UnitLm(ModelTesterMixin, unittest.TestCase):
         self.config_tester.run_common_tests()
 
 
+SPEECH_LM = {
+    "test_resize_tokens_embeddings": "the vocabulary is divided between text and speech and cannot grow at its end",
+    "test_resize_embeddings_untied": "as above",
+    "test_model_get_set_embeddings": "the head is over speech rows only; what tools see of it is a view",
+    "test_correct_missing_keys": "the backbone alone is a Qwen2, with a configuration that is none",
+    "test_generation_tester_mixin_inheritance": "the source distribution has no generation tests to inherit",
+}
+
+
+class SpeechLmModelTester:
+    """As above, for CosyVoice's Qwen2 over text and speech."""
+
+    batch_size = 3
+    seq_length = 7
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    hidden_size = 32
+    is_training = True
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[CosyVoiceLmConfig, dict]:
+        config = CosyVoiceLmConfig(version=3, **{**QWEN, "initializer_range": 0.02})
+        ids = torch.randint(config.text_vocab_size, config.stop_token_ids[-1], (self.batch_size, self.seq_length))
+        return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class SpeechLm(UnitLm):
+    all_model_classes = (CosyVoiceLmForCausalLM,)
+
+    def setUp(self) -> None:
+        if self._testMethodName in SPEECH_LM:
+            self.skipTest(SPEECH_LM[self._testMethodName])
+        self.model_tester = SpeechLmModelTester()
+        self.config_tester = ConfigTester(self, config_class=CosyVoiceLmConfig, common_properties=[])
+
+
+TRANSFORMER_LM = SPEECH_LM | {
+    "test_hidden_states_output": "hidden states are not recorded: the network is two, of different widths",
+    "test_retain_grad_hidden_states_attentions": "as above",
+    "test_attention_outputs": "as above",
+}
+
+
+class TransformerLmModelTester(SpeechLmModelTester):
+    """As above, for the language model of CosyVoice 1, which continues speech."""
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[CosyVoiceTransformerLmConfig, dict]:
+        config = CosyVoiceTransformerLmConfig(**{**TRANSFORMER, "initializer_range": 0.02})
+        speech = torch.randint(config.speech_vocab_size, (self.batch_size, self.seq_length))
+        text = torch.randint(config.text_vocab_size, (self.batch_size, 5))
+        speaker = torch.randn(self.batch_size, config.speaker_embedding_size)
+        return config, {"input_ids": speech, "text_ids": text, "speaker_embedding": speaker}
+
+
+class TransformerLm(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (CosyVoiceTransformerLm,)
+    test_resize_embeddings = False
+    has_attentions = False
+
+    def setUp(self) -> None:
+        if self._testMethodName in TRANSFORMER_LM:
+            self.skipTest(TRANSFORMER_LM[self._testMethodName])
+        self.model_tester = TransformerLmModelTester()
+        self.config_tester = ConfigTester(
+            self, config_class=CosyVoiceTransformerLmConfig, has_text_modality=False, common_properties=[]
+        )
+
+    def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
+        """The mixin knows the labels of transformers' own classes only."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels:
+            inputs["labels"] = torch.nn.functional.pad(
+                inputs["input_ids"], (0, 1), value=TRANSFORMER["speech_vocab_size"]
+            )
+        return inputs
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
 def test_every_entry_of_the_skip_list_is_a_test_of_the_mixin() -> None:
     assert len(NOT_APPLICABLE) <= 10
     assert [
         name
-        for name in NOT_APPLICABLE | SANM | CODEC | UNITS_AND_VOCODER | UNIT_LM
+        for name in NOT_APPLICABLE | SANM | CODEC | UNITS_AND_VOCODER | UNIT_LM | TRANSFORMER_LM
         if not hasattr(ModelTesterMixin, name)
     ] == []

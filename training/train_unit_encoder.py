@@ -15,18 +15,6 @@ from dataclasses import fields
 from pathlib import Path
 
 
-def character_tokenizer(texts: Sequence[str], folder: Path):
-    """`Wav2Vec2CTCTokenizer` over the sorted characters of the texts; `<pad>` 0 is the blank, `|` the space."""
-    from transformers import Wav2Vec2CTCTokenizer
-
-    characters = sorted({character for text in texts for character in text if not character.isspace()})
-    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *characters]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "vocab.json"
-    path.write_text(json.dumps({name: number for number, name in enumerate(names)}), encoding="utf-8")
-    return Wav2Vec2CTCTokenizer(str(path))
-
-
 def main(argv: Sequence[str]) -> None:
     """Run the recipe; see the module's docstring."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -46,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.waveform_dataset import SpeechWaveformDataset, collate_waveforms
     from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
     from hf_speechllm.train.averaging import average_checkpoints, select_checkpoints
+    from hf_speechllm.train.ctc_vocabulary import character_tokenizer
     from hf_speechllm.train.metrics import recognition_metrics
     from hf_speechllm.train.run_config import load_run_config
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments

@@ -33,25 +33,50 @@ from transformers import (
 )
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
+from .models.configuration_campplus import CampplusConfig
+from .models.configuration_cosyvoice import CosyVoiceConfig
+from .models.configuration_cosyvoice2_flow import CosyVoice2FlowConfig
+from .models.configuration_cosyvoice3_flow import CosyVoice3FlowConfig
+from .models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
+from .models.configuration_cosyvoice_flow import CosyVoiceFlowConfig
+from .models.configuration_cosyvoice_hift import CosyVoiceHiftConfig
+from .models.configuration_cosyvoice_lm import CosyVoiceLmConfig
+from .models.configuration_cosyvoice_transformer_lm import CosyVoiceTransformerLmConfig
 from .models.configuration_funasr_ct_transformer import FunasrCtTransformerConfig
 from .models.configuration_funasr_fsmn_vad import FunasrFsmnVadConfig
 from .models.configuration_funasr_paraformer import FunasrParaformerConfig
 from .models.configuration_funasr_sensevoice import FunasrSenseVoiceConfig
+from .models.configuration_s3_tokenizer import S3TokenizerConfig
 from .models.configuration_speechgpt_lm import SpeechGptConfig
 from .models.configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
 from .models.configuration_speechgpt_units import SpeechGptUnitsConfig
 from .models.configuration_speechtokenizer import SpeechTokenizerConfig
 from .models.configuration_wenet_u2pp import WenetU2ppConfig
+from .models.feature_extraction_campplus import CampplusFeatureExtractor
+from .models.feature_extraction_cosyvoice import CosyVoiceFeatureExtractor
+from .models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
 from .models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
+from .models.feature_extraction_s3_tokenizer import S3FeatureExtractor
+from .models.modeling_campplus import CampplusModel
+from .models.modeling_cosyvoice import CosyVoiceForTextToWaveform
+from .models.modeling_cosyvoice2_flow import CosyVoice2FlowModel
+from .models.modeling_cosyvoice3_flow import CosyVoice3FlowModel
+from .models.modeling_cosyvoice3_hift import CosyVoice3HiftModel
+from .models.modeling_cosyvoice_flow import CosyVoiceFlowModel
+from .models.modeling_cosyvoice_hift import CosyVoiceHiftModel
+from .models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
+from .models.modeling_cosyvoice_transformer_lm import CosyVoiceTransformerLm
 from .models.modeling_funasr_ct_transformer import FunasrCtTransformerForTokenClassification
 from .models.modeling_funasr_fsmn_vad import FunasrFsmnVadForAudioFrameClassification
 from .models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from .models.modeling_funasr_sensevoice import FunasrSenseVoiceForSpeechRecognition
+from .models.modeling_s3_tokenizer import S3TokenizerForCTC, S3TokenizerModel
 from .models.modeling_speechgpt_lm import SpeechGptForCausalLM
 from .models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
 from .models.modeling_speechgpt_units import SpeechGptUnitsModel
 from .models.modeling_speechtokenizer import SpeechTokenizerModel
 from .models.modeling_wenet_u2pp import WenetU2ppForSpeechRecognition
+from .models.processing_cosyvoice import CosyVoiceProcessor
 from .models.processing_funasr_paraformer import FunasrParaformerProcessor
 from .models.processing_funasr_sensevoice import FunasrSenseVoiceProcessor
 from .models.processing_speechgpt_lm import SpeechGptProcessor
@@ -137,6 +162,43 @@ FAMILIES = (
         auto_models=(AutoModelForCausalLM,),
         processor=SpeechGptProcessor,
     ),
+    Family(
+        config=S3TokenizerConfig,
+        model=S3TokenizerModel,
+        auto_models=(AutoModel, AutoModelForAudioTokenization),
+        feature_extractor=S3FeatureExtractor,
+    ),
+    Family(
+        config=CosyVoiceHiftConfig,
+        model=CosyVoiceHiftModel,
+        auto_models=(AutoModel, AutoModelForTextToWaveform),
+        feature_extractor=CosyVoiceMelFeatureExtractor,
+    ),
+    Family(
+        config=CosyVoice3HiftConfig,
+        model=CosyVoice3HiftModel,
+        auto_models=(AutoModel, AutoModelForTextToWaveform),
+        feature_extractor=CosyVoiceMelFeatureExtractor,
+    ),
+    Family(
+        config=CampplusConfig,
+        model=CampplusModel,
+        auto_models=(AutoModel,),
+        feature_extractor=CampplusFeatureExtractor,
+    ),
+    Family(
+        # The tokenizer is a plain `tokenizer.json`.
+        config=CosyVoiceConfig,
+        model=CosyVoiceForTextToWaveform,
+        auto_models=(AutoModelForTextToWaveform, AutoModel),
+        feature_extractor=CosyVoiceFeatureExtractor,
+        processor=CosyVoiceProcessor,
+    ),
+    Family(config=CosyVoiceLmConfig, model=CosyVoiceLmForCausalLM, auto_models=(AutoModelForCausalLM,)),
+    Family(config=CosyVoiceTransformerLmConfig, model=CosyVoiceTransformerLm, auto_models=(AutoModel,)),
+    Family(config=CosyVoiceFlowConfig, model=CosyVoiceFlowModel, auto_models=(AutoModel,)),
+    Family(config=CosyVoice2FlowConfig, model=CosyVoice2FlowModel, auto_models=(AutoModel,)),
+    Family(config=CosyVoice3FlowConfig, model=CosyVoice3FlowModel, auto_models=(AutoModel,)),
 )
 
 for family in FAMILIES:
@@ -155,3 +217,7 @@ for family in FAMILIES:
     if family.processor is not None:
         AutoProcessor.register(family.config, family.processor, exist_ok=True)
         family.processor.register_for_auto_class()
+
+# The recogniser that trains a speech tokenizer has the tokenizer's configuration and is no family of its own.
+AutoModelForCTC.register(S3TokenizerConfig, S3TokenizerForCTC, exist_ok=True)
+S3TokenizerForCTC.register_for_auto_class("AutoModelForCTC")

@@ -1,6 +1,6 @@
-"""Loads a recogniser by remote code alone and runs it; `self_check.py` starts this file in an isolated interpreter.
+"""Loads a model by remote code alone and runs it; `self_check.py` starts this file in an isolated interpreter.
 
-    python -I clean_process.py FOLDER AUDIO.safetensors OUTPUT.safetensors
+    python -I clean_process.py FOLDER AUDIO.safetensors OUTPUT.safetensors [--synthesiser]
 
 The package itself cannot be imported here, whatever is installed, so the folder's own code files have to do.
 """
@@ -8,6 +8,11 @@ The package itself cannot be imported here, whatever is installed, so the folder
 import json
 import sys
 from importlib.abc import MetaPathFinder
+
+
+# What a synthesiser says, and the rate in Hz of the signal in whose voice it does.
+PROBE_TEXT = "one two"
+PROMPT_RATE = 16000
 
 
 class PackageBlocker(MetaPathFinder):
@@ -19,8 +24,28 @@ class PackageBlocker(MetaPathFinder):
         return None
 
 
-def main(folder: str, audio_file: str, output_file: str) -> None:
+def probe_voice(audio) -> dict[str, object]:
+    """Options of the text-to-speech pipeline: the waveform `audio` as prompt, and all draws from one seed."""
+    return {"prompt_audio": audio, "sampling_rate": PROMPT_RATE, "seed": 0, "max_token_text_ratio": 6.0}
+
+
+def synthesise(folder: str, audio_file: str, output_file: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import pipeline
+
+    torch.set_num_threads(1)
+    speak = pipeline("text-to-speech", model=folder, trust_remote_code=True, device="cpu")
+    result = speak(PROBE_TEXT, **probe_voice(load_file(audio_file)["audio"]))
+    save_file({"audio": torch.from_numpy(result["audio"])}, output_file)
+    print(json.dumps({"class": type(speak.model).__module__, "pipeline": type(speak).__module__}))
+
+
+def main(folder: str, audio_file: str, output_file: str, kind: str = "--recogniser") -> None:
     sys.meta_path.insert(0, PackageBlocker())
+    if kind == "--synthesiser":
+        synthesise(folder, audio_file, output_file)
+        return
 
     import torch
     from safetensors.torch import load_file, save_file

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from .. import auto  # noqa: F401
+from ..models.pipeline_cosyvoice import CosyVoiceTextToSpeechPipeline
+from .clean_process import PROBE_TEXT, PROMPT_RATE, probe_voice
 
 
 AUDIO_SECONDS = 1.5
 LOGIT_TOLERANCE = 1e-5
+WAVEFORM_TOLERANCE = 1e-4
 TIMEOUT_SECONDS = 300
 
 
@@ -29,7 +32,7 @@ def self_check(folder: str | os.PathLike) -> dict[str, object]:
     The other process is isolated (`python -I`), offline, has an empty module cache, and cannot import this package.
 
     Args:
-        folder: an exported recogniser.
+        folder: an exported recogniser, or a synthesiser, of which the waveforms are compared.
 
     Returns:
         `max_logit_difference`, `text` of the probe signal, and where the other process took its classes from.
@@ -39,6 +42,8 @@ def self_check(folder: str | os.PathLike) -> dict[str, object]:
     """
     folder = Path(folder).resolve()
     processor = AutoProcessor.from_pretrained(folder)
+    if AutoConfig.from_pretrained(folder).model_type == "cosyvoice":
+        return check_synthesiser(folder)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
     audio = probe_signal(processor.feature_extractor.sampling_rate)
     features = processor(
@@ -67,6 +72,30 @@ def self_check(folder: str | os.PathLike) -> dict[str, object]:
     return {"max_logit_difference": difference, **report}
 
 
+def check_synthesiser(folder: Path) -> dict[str, object]:
+    """[`self_check`] of a synthesiser: a text in the voice of the probe signal, drawn from one seed.
+
+    Raises:
+        SelfCheckError: the other process failed, or said something else.
+    """
+    speak = CosyVoiceTextToSpeechPipeline(folder)
+    audio = probe_signal(PROMPT_RATE)
+    expected = torch.from_numpy(speak(PROBE_TEXT, **probe_voice(audio))["audio"])
+    with tempfile.TemporaryDirectory(prefix="self_check_") as scratch:
+        audio_file, output_file = Path(scratch, "audio.safetensors"), Path(scratch, "output.safetensors")
+        save_file({"audio": audio}, audio_file)
+        report = run_clean_process(folder, audio_file, output_file, Path(scratch, "cache"), "--synthesiser")
+        other = load_file(output_file)["audio"]
+    if other.shape != expected.shape:
+        raise SelfCheckError(f"{folder}: audio: expected {len(expected)} samples, got {len(other)}")
+    difference = float((other - expected).abs().max()) if len(other) else 0.0
+    if not difference <= WAVEFORM_TOLERANCE:
+        raise SelfCheckError(
+            f"{folder}: audio: expected a difference of at most {WAVEFORM_TOLERANCE}, got {difference}"
+        )
+    return {"max_waveform_difference": difference, "samples": len(expected), **report}
+
+
 def probe_signal(sampling_rate: int) -> torch.Tensor:
     """A fixed sum of swept tones and noise, `(samples,)` float32."""
     time = torch.arange(int(AUDIO_SECONDS * sampling_rate)) / sampling_rate
@@ -74,7 +103,9 @@ def probe_signal(sampling_rate: int) -> torch.Tensor:
     return 0.3 * torch.sin(2 * torch.pi * (200 + 400 * time) * time) + 0.02 * noise
 
 
-def run_clean_process(folder: Path, audio_file: Path, output_file: Path, cache: Path) -> dict[str, object]:
+def run_clean_process(
+    folder: Path, audio_file: Path, output_file: Path, cache: Path, *options: str
+) -> dict[str, object]:
     """Runs `clean_process.py` and returns its report.
 
     Raises:
@@ -87,7 +118,7 @@ def run_clean_process(folder: Path, audio_file: Path, output_file: Path, cache: 
         "OMP_NUM_THREADS": "1",
     }
     script = Path(__file__).with_name("clean_process.py")
-    command = [sys.executable, "-I", str(script), str(folder), str(audio_file), str(output_file)]
+    command = [sys.executable, "-I", str(script), str(folder), str(audio_file), str(output_file), *options]
     try:
         done = subprocess.run(
             command, env=environment, cwd=audio_file.parent, capture_output=True, text=True, timeout=TIMEOUT_SECONDS

@@ -1,4 +1,5 @@
-"""Least-squares adversarial losses and feature matching, as HiFi-GAN has them (https://arxiv.org/abs/2010.05646).
+"""Least-squares adversarial losses and feature matching, as HiFi-GAN has them (https://arxiv.org/abs/2010.05646), and
+the relativistic loss of StyleTTS 2 and HiFTNet (https://arxiv.org/abs/2306.07691, equation 13).
 
 Each takes what [`DiscriminatorOutput`] holds: one tensor per sub-discriminator, averaged on its own and then summed,
 so that the number of scores of a sub-discriminator does not weigh.
@@ -41,3 +42,23 @@ def feature_matching_loss(
         for real, fake in zip(real_maps, fake_maps, strict=True)
     ]
     return 2 * torch.stack(terms).sum()
+
+
+def relativistic_loss(better: Sequence[Tensor], worse: Sequence[Tensor], margin: float) -> Tensor:
+    """Truncated pointwise relativistic loss, a scalar, summed over sub-discriminators.
+
+    Where a score that should be higher is less above the other than in the median, its squared distance to the median;
+    the mean of that, as far as it is under `margin`. The discriminators lower it for real over generated, the
+    generator for generated over real.
+
+    Args:
+        better, worse: scores of one shape, one tensor per sub-discriminator.
+    """
+    terms = []
+    for high, low in zip(better, worse, strict=True):
+        lead = high - low - (high - low).median()
+        behind = lead < 0
+        # Upstream's mean of nothing is not a number.
+        mean = (lead.square() * behind).sum() / behind.sum().clamp_min(1)
+        terms.append(margin - torch.relu(margin - mean))
+    return torch.stack(terms).sum()

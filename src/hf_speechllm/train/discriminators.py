@@ -1,7 +1,9 @@
-"""Discriminators of waveforms: multi-period and multi-scale (HiFi-GAN), multi-scale STFT (EnCodec).
+"""Discriminators of waveforms: multi-period and multi-scale (HiFi-GAN), multi-scale STFT (EnCodec), multi-resolution
+spectrogram (UnivNet).
 
 Sources: https://arxiv.org/abs/2010.05646 (MPD, MSD), https://arxiv.org/abs/2210.13438 (MS-STFT); layer sizes as in
 `speechtokenizer/discriminators.py` of SpeechTokenizer, which are those of the two papers.
+https://arxiv.org/abs/2106.07889 (MRSD), as in `cosyvoice/hifigan/discriminator.py` of CosyVoice.
 
 All take a waveform `(b, 1, samples)` or `(b, samples)` float32 and return a [`DiscriminatorOutput`]. `shrink` divides
 every width, for experiments on a CPU and for tests; 1 is the published size.
@@ -144,6 +146,38 @@ class StftDiscriminator(nn.Module):
         return DiscriminatorOutput([self.score(hidden)], [features])
 
 
+class SpectrogramDiscriminator(nn.Module):
+    """Convolutions over time and frequency of the magnitudes of a spectrogram."""
+
+    def __init__(self, n_fft: int, hop_length: int, win_length: int, filters: int = 32) -> None:
+        super().__init__()
+        self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+        sizes = [(1, (3, 9), 1), *[(filters, (3, 9), 2)] * 3, (filters, (3, 3), 1)]
+        self.layers = nn.ModuleList(
+            weight_norm(nn.Conv2d(inside, filters, kernel, (1, stride), padding=(1, kernel[1] // 2)))
+            for inside, kernel, stride in sizes
+        )
+        self.score = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
+
+    def forward(self, waveform: Tensor) -> DiscriminatorOutput:
+        spectrum = torch.stft(
+            with_channel(waveform)[:, 0].float(),
+            self.n_fft,
+            self.hop_length,
+            self.win_length,
+            self.window,
+            return_complex=True,
+        )
+        hidden = spectrum.abs().transpose(1, 2)[:, None]
+        features = []
+        for layer in self.layers:
+            hidden = functional.leaky_relu(layer(hidden), _SLOPE)
+            features.append(hidden)
+        scores = self.score(hidden)
+        return DiscriminatorOutput([scores.flatten(1)], [[*features, scores]])
+
+
 class _Group(nn.Module):
     """Sub-discriminators that see the same waveform."""
 
@@ -193,6 +227,22 @@ class MultiScaleStftDiscriminator(_Group):
         super().__init__([StftDiscriminator(n_fft, n_fft // 4, filters // shrink) for n_fft in n_ffts])
 
 
+class MultiResolutionSpectrogramDiscriminator(_Group):
+    """MRSD: spectrograms of three resolutions.
+
+    Args:
+        filters: channels of every layer. resolutions: samples of a transform, between two, and of its window.
+    """
+
+    def __init__(
+        self,
+        filters: int = 32,
+        resolutions: Sequence[tuple[int, int, int]] = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240)),
+        shrink: int = 1,
+    ) -> None:
+        super().__init__([SpectrogramDiscriminator(*sizes, filters // shrink) for sizes in resolutions])
+
+
 class DiscriminatorEnsemble(nn.Module):
     """Named discriminators that are trained together.
 
@@ -221,11 +271,16 @@ def build_discriminators(names: Sequence[str], shrink: int = 1) -> Discriminator
     """Discriminators by their short names, for recipes.
 
     Args:
-        names: of `"mpd"`, `"msd"`, `"msstftd"`. shrink: divides every width.
+        names: of `"mpd"`, `"msd"`, `"msstftd"`, `"mrsd"`. shrink: divides every width.
     Raises:
         ValueError: an unknown name.
     """
-    known = {"mpd": MultiPeriodDiscriminator, "msd": MultiScaleDiscriminator, "msstftd": MultiScaleStftDiscriminator}
+    known = {
+        "mpd": MultiPeriodDiscriminator,
+        "msd": MultiScaleDiscriminator,
+        "msstftd": MultiScaleStftDiscriminator,
+        "mrsd": MultiResolutionSpectrogramDiscriminator,
+    }
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"discriminators: expected names among {sorted(known)}, found {unknown}")
     return DiscriminatorEnsemble({name: known[name](shrink=shrink) for name in names})

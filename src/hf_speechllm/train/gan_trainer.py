@@ -41,7 +41,12 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from hf_speechllm.data.fixed_batches import FixedBatchSampler
-from hf_speechllm.train.adversarial_losses import adversarial_loss, discriminator_loss, feature_matching_loss
+from hf_speechllm.train.adversarial_losses import (
+    adversarial_loss,
+    discriminator_loss,
+    feature_matching_loss,
+    relativistic_loss,
+)
 from hf_speechllm.train.checkpoints import STAGING_PREFIX, complete_checkpoints, incomplete_checkpoints, publish
 from hf_speechllm.train.discriminators import DiscriminatorEnsemble
 
@@ -92,6 +97,7 @@ class GanTrainingArguments:
         loss_weights: a weight for every loss of the step function, and for `adversarial` and `feature_matching`
             (1 where absent).
         adversarial_start_step: updates of the generator before the discriminators join.
+        relativistic_weight, relativistic_margin: of the relativistic loss, for both networks; 0 is without.
         logging_steps, eval_steps, save_steps: every so many updates; 0 is never. The last step is saved in any case.
         save_total_limit: newest checkpoints that are kept; 0 keeps all.
         mixed_precision: `"no"` or `"bf16"`.
@@ -116,6 +122,8 @@ class GanTrainingArguments:
     max_grad_norm: float = 0.0
     loss_weights: dict[str, float] = field(default_factory=dict)
     adversarial_start_step: int = 0
+    relativistic_weight: float = 0.0
+    relativistic_margin: float = 0.04
     logging_steps: int = 50
     eval_steps: int = 0
     save_steps: int = 1000
@@ -285,6 +293,9 @@ class GanTrainer:
             with accelerator.autocast():
                 real, fake = self.discriminators(output.real, output.fake.detach())
             loss = discriminator_loss(real.scores, fake.scores)
+            if arguments.relativistic_weight:
+                relativistic = relativistic_loss(real.scores, fake.scores, arguments.relativistic_margin)
+                loss = loss + arguments.relativistic_weight * relativistic
             self._update(self.discriminators, self.optimizer_d, loss, factor)
             self._count("discriminator", loss)
             losses |= self._adversarial_losses(output)
@@ -305,13 +316,17 @@ class GanTrainer:
                 real = judges.judge(output.real)
             fake = judges.judge(output.fake)
         judges.requires_grad_(True)
-        return {
+        losses = {
             "adversarial": adversarial_loss(fake.scores),
             "feature_matching": feature_matching_loss(real.features, fake.features),
         }
+        if self.arguments.relativistic_weight:
+            losses["relativistic"] = relativistic_loss(fake.scores, real.scores, self.arguments.relativistic_margin)
+        return losses
 
     def _weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        weights = dict.fromkeys(_ADVERSARIAL, 1.0) | self.arguments.loss_weights
+        weights = dict.fromkeys(_ADVERSARIAL, 1.0) | {"relativistic": self.arguments.relativistic_weight}
+        weights |= self.arguments.loss_weights
         if missing := losses.keys() - weights.keys():
             raise ValueError(f"loss_weights: expected a weight for {sorted(missing)}, got {sorted(weights)}")
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum()

@@ -1,0 +1,126 @@
+"""From parts that were trained each by itself to a folder that speaks: extraction of tokens, assembly, export."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from tiny_cosyvoice import MEL_BINS, recording, tiny_cosyvoice, tiny_processor
+from transformers import AutoModel, AutoProcessor
+
+from hf_speechllm.data.manifests import read_manifest
+from hf_speechllm.data.speech_token_extraction import extract_speech_tokens
+from hf_speechllm.hub import self_check as self_check_module
+from hf_speechllm.hub.self_check import SelfCheckError, self_check
+from hf_speechllm.models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import assemble_cosyvoice
+import extract_speech_tokens as extraction
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    """Five recordings of two speakers, and one of nobody."""
+    folder = tmp_path_factory.mktemp("speech")
+    rows = []
+    for number, (speaker, seconds) in enumerate((("a", 0.5), ("b", 0.4), ("a", 0.8), ("b", 0.6), (None, 0.3))):
+        soundfile.write(folder / f"{number}.wav", recording(seconds, number).numpy(), 24000)
+        row = {"audio": f"{number}.wav", "text": "one two", "known": str(speaker is not None)} | (
+            {} if speaker is None else {"speaker": speaker}
+        )
+        rows.append(json.dumps(row) + "\n")
+    (folder / "data.jsonl").write_text("".join(rows), encoding="utf-8")
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, Path]:
+    """Each part of a tiny model as a folder of its own, as the training scripts leave them."""
+    folder = tmp_path_factory.mktemp("parts")
+    model, processor = tiny_cosyvoice(2), tiny_processor(2)
+    folders = {name: folder / name for name in assemble_cosyvoice.PARTS}
+    for name, path in folders.items():
+        getattr(model, name).save_pretrained(path)
+    processor.tokenizer.save_pretrained(folders["lm"])
+    hop = model.vocoder.config.hop_length
+    mel = CosyVoiceMelFeatureExtractor(MEL_BINS, 24000, fft_length=4 * hop, hop_length=hop)
+    mel.save_pretrained(folders["vocoder"])
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder / "whole")
+    return folders | {"whole": folder / "whole"}
+
+
+def test_extraction_is_what_the_models_say_of_each_recording(manifest):
+    model, utterances = tiny_cosyvoice(2), read_manifest(manifest)
+    tokenizer, encoder = model.speech_tokenizer, model.speaker_encoder
+    rows = extract_speech_tokens(tokenizer, encoder, utterances, progress=False)
+    one_by_one = extract_speech_tokens(tokenizer, encoder, utterances, batch_seconds=0.01, progress=False)
+    assert [row["spk"] for row in rows] == ["a", "b", "a", "b", ""]
+    for row, alone in zip(rows, one_by_one, strict=True):
+        assert row["speech_token"] == alone["speech_token"] and row["speech_token"]
+        torch.testing.assert_close(
+            torch.tensor(row["utt_embedding"]), torch.tensor(alone["utt_embedding"]), atol=1e-5, rtol=0
+        )
+        assert abs(torch.tensor(row["utt_embedding"]).norm() - 1) < 1e-5
+    mean = torch.nn.functional.normalize(
+        torch.tensor([rows[0]["utt_embedding"], rows[2]["utt_embedding"]]).mean(0), dim=0
+    )
+    for row in (rows[0], rows[2]):
+        torch.testing.assert_close(torch.tensor(row["spk_embedding"]), mean)
+    assert rows[4]["spk_embedding"] == rows[4]["utt_embedding"]
+
+
+def test_parts_become_a_folder_that_speaks(manifest, parts, tmp_path, capsys):
+    tokens = tmp_path / "tokens.parquet"
+    encoders = [
+        "--speech_tokenizer",
+        str(parts["speech_tokenizer"]),
+        "--speaker_encoder",
+        str(parts["speaker_encoder"]),
+    ]
+    extraction.main([*encoders, str(manifest), str(tokens), "--where", "known=True"])
+    assert "4 utterances" in capsys.readouterr().out
+    extraction.main([str(parts["whole"]), str(manifest), str(tmp_path / "again.parquet"), "--where", "known=True"])
+    first, second = (Dataset.from_parquet(str(path)) for path in (tokens, tmp_path / "again.parquet"))
+    assert first["speech_token"][:] == second["speech_token"][:]
+
+    folders = [argument for name in assemble_cosyvoice.PARTS for argument in (f"--{name}", str(parts[name]))]
+    assemble_cosyvoice.main([str(tmp_path / "model"), *folders, "--voices", str(tokens)])
+    assert "'speakers': ['a', 'b']" in capsys.readouterr().out
+    model, processor = (
+        AutoModel.from_pretrained(tmp_path / "model").eval(),
+        AutoProcessor.from_pretrained(tmp_path / "model"),
+    )
+    # The longest recording of each speaker, cut to whole tokens.
+    assert len(processor.speakers["a"].speech_ids) == 20 and len(processor.speakers["a"].mel) == 40
+    inputs = processor(["hello", "you"], speaker=["a", "b"])
+    output = model.generate(**inputs, max_token_text_ratio=3.0, generator=torch.Generator().manual_seed(0))
+    assert output.waveform.shape[1] > 240 and torch.isfinite(output.waveform).all()
+
+
+def test_a_part_of_a_whole_is_replaced(parts, tmp_path, capsys):
+    changed = AutoModel.from_pretrained(parts["flow"])
+    torch.nn.init.zeros_(changed.speaker_proj.weight)
+    changed.save_pretrained(tmp_path / "flow")
+    arguments = ["--base", str(parts["whole"]), "--flow", str(tmp_path / "flow"), "--half_precision_file"]
+    assemble_cosyvoice.main([str(tmp_path / "model"), *arguments])
+    model, old = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "model", parts["whole"]))
+    assert not model.flow.speaker_proj.weight.any() and old.flow.speaker_proj.weight.any()
+    for name, tensor in old.lm.state_dict().items():
+        assert torch.equal(model.lm.state_dict()[name], tensor.half().float()), name
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with pytest.raises(SystemExit):
+        assemble_cosyvoice.main([str(tmp_path / "other"), "--flow", str(tmp_path / "flow")])
+    assert "expected all of lm, flow, vocoder" in capsys.readouterr().err
+
+
+def test_self_check_hears_a_difference(parts, monkeypatch):
+    assert self_check(parts["whole"])["samples"] > 0
+    monkeypatch.setattr(self_check_module, "PROBE_TEXT", "another")
+    with pytest.raises(SelfCheckError, match="audio: expected"):
+        self_check(parts["whole"])
