@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS
+from tiny_cosyvoice import tiny_cosyvoice, tiny_processor
 from tiny_speechgpt_lm import build_units, build_vocoder, save_folder
 from tiny_speechtokenizer import tiny_codec
 from transformers import Wav2Vec2FeatureExtractor
@@ -26,12 +27,14 @@ EXAMPLES = ROOT / "examples"
 def named_folders(tmp_path_factory) -> dict[str, Path]:
     """Tiny models for the folders that the README only names."""
     root = tmp_path_factory.mktemp("named")
-    folders = {name: root / name.lower() for name in ("LM", "UNITS", "VOCODER", "SPEECHTOKENIZER")}
+    folders = {name: root / name.lower() for name in ("LM", "UNITS", "VOCODER", "SPEECHTOKENIZER", "COSYVOICE")}
     save_folder(folders["LM"])
     build_units().save_pretrained(folders["UNITS"])
     Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True).save_pretrained(folders["UNITS"])
     build_vocoder().save_pretrained(folders["VOCODER"])
     tiny_codec(num_quantizers=8).save_pretrained(folders["SPEECHTOKENIZER"])
+    tiny_cosyvoice(2).save_pretrained(folders["COSYVOICE"])
+    tiny_processor(2).save_pretrained(folders["COSYVOICE"])
     # With random weights nothing ends an answer.
     (folders["LM"] / "generation_config.json").write_text('{"max_new_tokens": 20, "eos_token_id": 2}')
     return folders
@@ -41,7 +44,7 @@ def test_readme_blocks_run(tiny_model_dir, named_folders, tmp_path, monkeypatch,
     """With the tiny models in place of the shipped one and of those that are only named, and without the upload."""
     pytest.importorskip("peft")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     monkeypatch.chdir(ROOT)
     namespace = {"torch": torch}
     for block in blocks:
@@ -49,6 +52,8 @@ def test_readme_blocks_run(tiny_model_dir, named_folders, tmp_path, monkeypatch,
         code = code.replace('"OUT"', repr(str(tmp_path / "out")))
         for name, folder in named_folders.items():
             code = code.replace(f'"{name}"', repr(str(folder)))
+        for name in ("voice.wav", "speech.wav"):
+            code = code.replace(name, str(EXAMPLES / "audio" / "seven_three_one_nine.wav"))
         code = code.replace("question.wav", str(EXAMPLES / "audio" / "seven_three_one_nine.wav"))
         code = code.replace("input_values)", "torch.tensor(audio)[None])")
         code = re.sub(r"^push_folder\(.*$", "", code, flags=re.M)
@@ -113,3 +118,27 @@ def test_refresh_restores_a_folder(tmp_path):
     refresh_code(folder)
     expected = {path.name: path.read_bytes() for path in shipped_model_path().glob("*.py")}
     assert {path.name: path.read_bytes() for path in folder.glob("*.py")} == expected
+
+
+def test_blocks_about_cosyvoice_run(named_folders, tmp_path, monkeypatch):
+    """docs/cosyvoice.md, with a tiny model, a recording of the examples, and text ids that come one by one."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "cosyvoice.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert len(blocks) == 3
+    folder = Path(shutil.copytree(named_folders["COSYVOICE"], tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(EXAMPLES / "audio" / "seven_three_one_nine.wav", tmp_path / "voice.wav")
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        code = block.replace('"OUT"', repr(str(folder)))
+        if number == 1:
+            speak = namespace["speak"]
+            namespace |= {"model": speak.model, "processor": speak.processor}
+            code = code.replace('{"me": 0.5, "other": 0.5}', '{"me": 0.5}')
+        if number == 2:
+            inputs = dict(speak.processor("x", speaker="me"))
+            namespace |= {"inputs": inputs, "text_ids_as_they_come": [[1], [2, 3]]}
+        exec(compile(code, "cosyvoice.md", "exec"), namespace)
+    assert namespace["piece"].shape[0] > 0 and (folder / "speakers.safetensors").is_file()
+    assert next(namespace["stream_text_to_speech"](speak.model, [[1]], inputs)).shape[0] == 1

@@ -156,6 +156,18 @@ def test_training_reaches_every_weight(version):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_quantisation_can_begin_later():
+    """Without it the recogniser is the same before and after the coordinates were standardised; then tokens vary."""
+    model = tiny_s3_recogniser(initializer_range=0.02).eval()
+    inputs = batch_of(features(60, 44, 52))
+    with torch.no_grad():
+        before = model(**inputs, quantize=False).logits
+        assert len(model(**inputs).token_ids[0].unique()) == 1
+        model.standardize_quantizer(inputs["input_features"], inputs["attention_mask"])
+        torch.testing.assert_close(model(**inputs, quantize=False).logits, before, atol=1e-5, rtol=1e-4)
+        assert len(model(**inputs).token_ids.unique()) > 8
+
+
 def test_recogniser_of_a_batch_equals_alone():
     model = tiny_s3_recogniser().eval()
     items = features(40, 23)

@@ -9,7 +9,9 @@ from. The folder `output_dir` receives checkpoints and `recogniser/`; at its top
 `AutoModel.from_pretrained` loads.
 
 What is reported of the codebook on the validation set: `code_use`, the share of tokens that occur at all, and
-`code_perplexity`, the number of equally frequent tokens with the same entropy.
+`code_perplexity`, the number of equally frequent tokens with the same entropy. A recogniser that starts from nothing
+behind a quantiser uses a handful of tokens and stays there: for `training.unquantized_steps` first steps the quantiser
+lets everything through, then its coordinates are brought to unit variance and rounding begins.
 """
 
 import json
@@ -22,6 +24,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Beside those of `SpeechTrainingArguments`.
+_OWN_OPTIONS = ["resume", "unquantized_steps"]
 
 
 def code_use(counts: "Tensor") -> dict[str, float]:
@@ -37,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     import torch
-    from transformers import AutoFeatureExtractor, Wav2Vec2CTCTokenizer, set_seed
+    from transformers import AutoFeatureExtractor, TrainerCallback, Wav2Vec2CTCTokenizer, set_seed
 
     from hf_speechllm.data.sources import read_sources
     from hf_speechllm.data.waveform_dataset import SpeechWaveformDataset
@@ -52,9 +58,9 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
-    run = load_run_config(recipe, overrides, [entry.name for entry in fields(SpeechTrainingArguments)] + ["resume"])
+    run = load_run_config(recipe, overrides, [entry.name for entry in fields(SpeechTrainingArguments)] + _OWN_OPTIONS)
     options = dict(run.training)
-    resume = options.pop("resume", False)
+    resume, unquantized_steps = options.pop("resume", False), options.pop("unquantized_steps", 0)
     args = SpeechTrainingArguments(**{"remove_unused_columns": False, "report_to": "none"} | options)
     set_seed(args.seed)
     output = Path(args.output_dir)
@@ -90,6 +96,16 @@ def main(argv: Sequence[str]) -> None:
 
         counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
 
+        def compute_loss(self, model, inputs, *positional, **named):
+            if model.training and self.state.global_step < unquantized_steps:
+                inputs = {**inputs, "quantize": False}
+            return super().compute_loss(model, inputs, *positional, **named)
+
+        def begin_to_quantize(self) -> None:
+            first = collate([train_set[index] for index in range(min(64, len(train_set)))])
+            first = {name: value.to(self.args.device) for name, value in first.items()}
+            self.model.standardize_quantizer(first["input_features"], first["attention_mask"])
+
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad():
@@ -108,12 +124,6 @@ def main(argv: Sequence[str]) -> None:
             self.log(codes)
             return metrics | codes
 
-    if run.model.pretrained is None and model.config.quantizer == "fsq":
-        first = collate([train_set[index] for index in range(min(64, len(train_set)))])
-        with torch.no_grad():
-            hidden, mask = model.tokenizer.hidden_states(first["input_features"], first["attention_mask"].bool())
-            model.tokenizer.quantizer.standardize(hidden[mask])
-
     print(json.dumps({"utterances": len(train_set), "parameters": model.num_parameters()}), flush=True)
     trainer = S3Trainer(
         model=model,
@@ -123,6 +133,13 @@ def main(argv: Sequence[str]) -> None:
         data_collator=collate,
         compute_metrics=recognition_metrics(tokenizer, run.data.metric),
     )
+
+    class BeginToQuantize(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if unquantized_steps and state.global_step == unquantized_steps:
+                trainer.begin_to_quantize()
+
+    trainer.add_callback(BeginToQuantize())
     summary = dict(trainer.train(resume_from_checkpoint=resume).metrics)
     if args.average_checkpoints > 1:
         folders = select_checkpoints(args.output_dir, args.average_checkpoints, args.average_by)

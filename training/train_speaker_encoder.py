@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     own = [entry.name for entry in dataclasses.fields(SpeakerArguments)]
-    run = load_run_config(recipe, overrides, [entry.name for entry in dataclasses.fields(SpeechTrainingArguments)] + own)
+    known = [entry.name for entry in dataclasses.fields(SpeechTrainingArguments)]
+    run = load_run_config(recipe, overrides, known + own)
     options = SpeakerArguments(**{name: run.training.pop(name) for name in own if name in run.training})
     args = SpeechTrainingArguments(**{"remove_unused_columns": False, "report_to": "none"} | run.training)
     set_seed(args.seed)

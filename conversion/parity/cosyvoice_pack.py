@@ -1,4 +1,4 @@
-"""A complete CosyVoice pack against upstream's `CosyVoice2` class: prompts, tokens, spectrograms, waveforms, streams."""
+"""A complete CosyVoice pack against upstream's `CosyVoice2` class: prompts, tokens, mels, waveforms, streams."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Command line: `hf-speechllm transcribe | stream | info`.
+"""Command line: `hf-speechllm transcribe | stream | synthesize | info`.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. Text goes to standard
 output, everything else to standard error. Exit codes: 0 all done, 1 something could not be transcribed or loaded,
@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import __version__
-from .shipped import shipped_model_path
+from .shipped import SHIPPED_SYNTHESISER, shipped_folder, shipped_model_path
 from .subtitles import to_srt, to_vtt
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
 
 app = typer.Typer(
     name="hf-speechllm",
-    help="Speech recognition with WeNet-family models in HuggingFace form.",
+    help="Speech recognition and synthesis with models in HuggingFace form.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
@@ -79,7 +81,7 @@ def main(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Speech recognition with WeNet-family models in HuggingFace form."""
+    """Speech recognition and synthesis with models in HuggingFace form."""
 
 
 def _resolve_model(model: str | None) -> str:
@@ -371,6 +373,117 @@ def _raw_blocks(source: BinaryIO, sampling_rate: int):
         whole = len(data) // 2 * 2
         rest = data[whole:]
         yield np.frombuffer(data[:whole], dtype="<i2").astype(np.float32) / 32768.0
+
+
+@app.command()
+def synthesize(
+    text: Annotated[str | None, typer.Argument(help="What to say; - reads standard input.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The wav file to write.", dir_okay=False)] = Path(
+        "speech.wav"
+    ),
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of a synthesiser.")] = None,
+    speaker: Annotated[str | None, typer.Option(help="A voice that the model knows.")] = None,
+    prompt_audio: Annotated[Path | None, typer.Option(help="A recording of the voice.")] = None,
+    prompt_text: Annotated[str | None, typer.Option(help="What the recording says.")] = None,
+    instruct: Annotated[str | None, typer.Option(help="How to speak.")] = None,
+    source_audio: Annotated[
+        Path | None, typer.Option(help="Speech to say in the other voice, in place of TEXT.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Default: what the other options make of it.")] = None,
+    speed: Annotated[float, typer.Option(min=0.1, max=10.0, help="2 is twice as fast.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same audio.")] = None,
+    normalize: Annotated[bool, typer.Option(help="Write numbers out, and split into sentences.")] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write while it is spoken; - as output: raw 16-bit.")
+    ] = False,
+    speakers: Annotated[bool, typer.Option("--speakers", help="List the voices that the model knows.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Say a text, in a voice that the model knows or in that of a recording."""
+    speak = _load_synthesiser(model, device, trust_remote_code)
+    if speakers:
+        for name in speak.processor.speakers:
+            typer.echo(name)
+        return
+    if (text is None) == (source_audio is None):
+        raise _fail("expected TEXT, or --source-audio", code=2)
+    if stream and speed != 1.0:
+        raise _fail("--speed: a stream cannot change it", code=2)
+    known = list(speak.processor.speakers)
+    if speaker is None and prompt_audio is None and known:
+        speaker = known[0]
+        typer.echo(f"no --speaker and no --prompt-audio given: using the voice {speaker!r}", err=True)
+    voice = {
+        **{"mode": mode, "speaker": speaker, "prompt_audio": prompt_audio, "prompt_text": prompt_text},
+        **{"instruct": instruct, "source_audio": source_audio},
+    }
+    voice = {name: value for name, value in voice.items() if value is not None}
+    item = {} if text is None else {"text": sys.stdin.read() if text == "-" else text}
+    options = {"seed": seed, "normalize": normalize}
+    rate = speak.model.config.sampling_rate
+    try:
+        if stream:
+            seconds = _write_stream(speak.stream({**item, **voice}, **options), output, rate)
+        else:
+            audio = speak({**item, **voice}, speed=speed, **options)["audio"]
+            seconds = _write_stream(iter([audio]), output, rate)
+    except (ValueError, KeyError) as error:
+        raise _fail(error.args[0] if error.args else error) from error
+    typer.echo(f"{seconds:.2f} s of audio: {output}", err=True)
+
+
+def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool) -> Any:
+    """The pipeline of a synthesiser; loading trouble ends the program with one line."""
+    if model is None:
+        try:
+            model = str(shipped_folder("pretrained", SHIPPED_SYNTHESISER))
+        except FileNotFoundError as error:
+            raise _fail(f"no --model given, and {error}") from error
+        typer.echo(
+            f"no --model given: using the shipped {SHIPPED_SYNTHESISER}, a tiny English voice that knows only digits",
+            err=True,
+        )
+    from transformers import AutoModelForTextToWaveform, AutoProcessor
+    from transformers.utils import logging
+
+    from . import auto  # noqa: F401
+    from .models.pipeline_cosyvoice import CosyVoiceTextToSpeechPipeline
+
+    logging.disable_progress_bar()
+    try:
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+        network = AutoModelForTextToWaveform.from_pretrained(model, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _fail(f"{model}: cannot be loaded: {error}") from error
+    if network.config.model_type != "cosyvoice":
+        raise _fail(f"{model}: model_type: expected 'cosyvoice', got {network.config.model_type!r}")
+    return CosyVoiceTextToSpeechPipeline(network, processor, device=device)
+
+
+def _write_stream(pieces: "Iterator[np.ndarray]", output: Path, sampling_rate: int) -> float:
+    """Writes pieces of audio as they come, and returns how many seconds they were. `-` is raw 16-bit on standard
+    output; a wav file appears when it is complete."""
+    import numpy as np
+    import soundfile
+
+    samples = 0
+    if str(output) == "-":
+        for piece in pieces:
+            sys.stdout.buffer.write((np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes())
+            sys.stdout.buffer.flush()
+            samples += len(piece)
+        return samples / sampling_rate
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype="PCM_16", format="WAV") as file:
+            for piece in pieces:
+                file.write(np.clip(piece, -1, 1))
+                samples += len(piece)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return samples / sampling_rate
 
 
 @app.command()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 
 SHIPPED_MODEL = "u2pp_moe_digits"
+SHIPPED_SYNTHESISER = "cosyvoice_digits"
 
 
 def shipped_folder(*parts: str) -> Path:

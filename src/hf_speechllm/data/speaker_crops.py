@@ -17,7 +17,7 @@ from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeature
 
 
 def read_speaker_sources(sources: Sequence[Any], data_dir: str | None) -> list[Utterance]:
-    """As [`read_sources`], of which every utterance must name its speaker, in its row or by `columns: {speaker: ...}`.
+    """As [`read_sources`], where every utterance must name its speaker, in its row or by `columns: {speaker: ...}`.
 
     A name stands for one speaker in all sources.
 
@@ -26,11 +26,12 @@ def read_speaker_sources(sources: Sequence[Any], data_dir: str | None) -> list[U
     """
     utterances = []
     for source in sources:
+        given = {} if isinstance(source, str) else source.get("columns", {})
         for item in read_sources([source], data_dir):
-            speaker = item.speaker or item.columns.get("speaker")
-            if not speaker:
+            speaker = item.speaker or given.get("speaker")
+            if speaker is None:
                 raise ManifestError(f"{source}: expected a speaker for every utterance, found none for {item.key}")
-            utterances.append(replace(item, speaker=speaker))
+            utterances.append(replace(item, speaker=str(speaker)))
     return utterances
 
 

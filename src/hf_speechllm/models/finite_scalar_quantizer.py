@@ -37,16 +37,18 @@ class FiniteScalarQuantizer(nn.Module):
         return (digits * powers).sum(dim=-1)
 
     @torch.no_grad()
-    def standardize(self, hidden_states: Tensor) -> None:
-        """Sets the projection so that every coordinate of these vectors `(n, hidden_size)` has mean 0 and variance 1.
+    def standardize(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Sets the projection so that every coordinate of these vectors `(n, hidden_size)` has mean 0 and variance 1:
+        the scale at which rounding to -1, 0 and 1 keeps most.
 
-        A new projection of small weights rounds everything to 0, and a recogniser behind it learns to do without.
+        Returns:
+            mean and deviation `(size,)`, float32, of the coordinates before.
         """
         projected = self.project_down(hidden_states).float()
         mean, deviation = projected.mean(dim=0), projected.std(dim=0).clamp_min(1e-6)
         self.project_down.weight.div_(deviation[:, None].to(self.project_down.weight.dtype))
-        bias = (self.project_down.bias.float() - mean) / deviation
-        self.project_down.bias.copy_(bias)
+        self.project_down.bias.copy_((self.project_down.bias.float() - mean) / deviation)
+        return mean, deviation
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Rounded coordinates `(…, size)`, float32, of tokens `(…)`."""
