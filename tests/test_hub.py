@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build_tiny_model, build_tiny_processor
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSpeechSeq2Seq
 
 from hf_speechllm.hub import export as export_module
 from hf_speechllm.hub.card import read_facts, render_card
@@ -196,3 +199,33 @@ def test_push_uploads_everything_that_was_exported(exported, hub, tmp_path):
 def test_push_wants_a_complete_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected README.md"):
         push_folder(tmp_path, "someone/model", token="anything")
+
+
+def test_half_precision_is_of_the_file_alone(tmp_path):
+    model = build_tiny_model()
+    export_model(model, build_tiny_processor(), tmp_path / "half", half_precision_file=True)
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "half").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert loaded[name].dtype == tensor.dtype
+        if tensor.dtype == torch.float32:
+            assert torch.equal(loaded[name], tensor.half().float()), name
+    save_file({"large": torch.tensor([1e6])}, tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match="large: expected magnitudes up to 65504"):
+        export_module.halve(tmp_path / "large.safetensors")
+
+
+def test_card_of_a_synthesiser(tmp_path):
+    facts = {
+        **{"model_name": "voice", "title": "Voice", "summary": "It speaks.", "language": "en", "license": "mit"},
+        **{"tags": ["tts"], "datasets": ["d"], "pipeline_tag": "text-to-speech", "sampling_rate": 8000},
+        **{"example_text": "one two", "example_speaker": "ann", "evaluation": "3 of 4 words."},
+    }
+    path = tmp_path / "facts.yaml"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    text = render_card(read_facts(path))
+    assert ModelCard(text).data.pipeline_tag == "text-to-speech"
+    assert 'speak("one two", speaker="ann")' in text and "3 of 4 words." in text and "{{" not in text
+    with pytest.raises(ValueError, match="pipeline_tag: expected one of"):
+        render_card({**read_facts(path), "pipeline_tag": "image-to-text"})

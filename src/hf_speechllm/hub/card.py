@@ -1,6 +1,7 @@
 """Model cards: facts (YAML, written by a person) and results (JSON, written by an evaluation) to README.md.
 
-facts: the keys below, and what the template uses besides; see `model_cards/*.yaml`.
+facts: the keys below, and what the template uses besides; see `model_cards/*.yaml`. `pipeline_tag` chooses the template:
+`automatic-speech-recognition` (the default) or `text-to-speech`, whose evaluation is a text of the facts.
 
 results: `{"rows": [{"model", "dataset", "split", "decoding", "chunk_size", "metric", "value", "per_seed"}, ...]}`,
 where `value` is the mean over seeds in percent, `per_seed` (optional) lists them, and `chunk_size` is -1 for full
@@ -20,6 +21,10 @@ from ..shipped import shipped_folder
 
 
 REQUIRED_FACTS = ("model_name", "title", "summary", "language", "license", "tags", "datasets")
+TEMPLATES = {
+    "automatic-speech-recognition": "template.md.jinja",
+    "text-to-speech": "synthesis.md.jinja",
+}
 REQUIRED_RESULT = ("model", "dataset", "split", "decoding", "chunk_size", "metric", "value")
 
 
@@ -51,15 +56,20 @@ def render_card(facts: dict[str, Any], template: str | os.PathLike | None = None
 
     Args:
         facts: of [`read_facts`].
-        template: Jinja file; default the one in `model_cards/`.
+        template: Jinja file; default the one in `model_cards/` for the task.
+
+    Raises:
+        ValueError: a `pipeline_tag` without a template.
     """
-    results = facts["results"]
+    results, task = facts["results"], facts.get("pipeline_tag", "automatic-speech-recognition")
+    if task not in TEMPLATES:
+        raise ValueError(f"pipeline_tag: expected one of {sorted(TEMPLATES)}, got {task!r}")
     data = ModelCardData(
         model_name=facts["model_name"],
         language=facts["language"],
         license=facts["license"],
         library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
+        pipeline_tag=task,
         tags=facts["tags"],
         datasets=facts["datasets"],
         metrics=sorted({row["metric"] for row in results}) or None,
@@ -67,7 +77,7 @@ def render_card(facts: dict[str, Any], template: str | os.PathLike | None = None
         eval_results=[_eval_result(row) for row in results if row["model"] == facts["model_name"]] or None,
     )
     if template is None:
-        template = shipped_folder("model_cards") / "template.md.jinja"
+        template = shipped_folder("model_cards") / TEMPLATES[task]
     card = ModelCard.from_template(
         data, template_path=str(template), **{k: v for k, v in facts.items() if k != "tags"}
     )
