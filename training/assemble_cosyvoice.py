@@ -30,11 +30,12 @@ PARTS = {
 }
 
 
-def add_voices(processor: "CosyVoiceProcessor", rows: Sequence[dict], ratio: int | None) -> None:
+def add_voices(processor: "CosyVoiceProcessor", rows: Sequence[dict], ratio: int | None, with_texts: bool) -> None:
     """A known voice for each speaker: its longest recording as prompt.
 
     Args:
         ratio: frames of a token (versions 2 and 3), to which recording and tokens are cut.
+        with_texts: keep what the recording says, which makes `zero_shot` the voice's mode.
     """
     import torch
 
@@ -52,11 +53,12 @@ def add_voices(processor: "CosyVoiceProcessor", rows: Sequence[dict], ratio: int
         if ratio is not None:
             count = min(len(tokens), len(mel) // ratio)
             tokens, mel = tokens[:count], mel[: ratio * count]
+        ids = processor.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         processor.speakers[name] = CosyVoiceSpeaker(
             embedding=torch.tensor(row["spk_embedding"]),
             speech_ids=tokens,
             mel=mel,
-            text_ids=torch.tensor(processor.tokenizer(row["text"], add_special_tokens=False)["input_ids"]),
+            text_ids=torch.tensor(ids if with_texts else [], dtype=torch.long),
         )
 
 
@@ -68,6 +70,9 @@ def main(argv: Sequence[str]) -> None:
     for name in PARTS:
         parser.add_argument(f"--{name}", help=f"folder or Hub id of the {name.replace('_', ' ')}")
     parser.add_argument("--voices", type=Path, help="parquet of extract_speech_tokens.py")
+    parser.add_argument(
+        "--voices_without_text", action="store_true", help="for a language model that saw no prompt in training"
+    )
     parser.add_argument("--facts", type=Path, help="YAML facts for the card")
     parser.add_argument("--results", type=Path, help="JSON results for the card")
     parser.add_argument("--half_precision_file", action="store_true", help="store the weights as float16")
@@ -126,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         processor = CosyVoiceProcessor(extractor, AutoTokenizer.from_pretrained(given["lm"]), version=version)
     if arguments.voices is not None:
         ratio = whole.config.flow_config.token_mel_ratio if whole.config.aligns_prompts else None
-        add_voices(processor, read_rows([str(arguments.voices)], None), ratio)
+        add_voices(processor, read_rows([str(arguments.voices)], None), ratio, not arguments.voices_without_text)
     report = export_model(
         whole,
         processor,

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.seed)
 
     model, tokenizer = load_speech_lm(
-        run.model, lambda: [row["text"] for row in read_rows(run.data.train, run.data.data_dir)]
+        run.model, lambda: [row["text"] + run.data.text_suffix for row in read_rows(run.data.train, run.data.data_dir)]
     )
     pairs, dropped = read_pairs(run.data.train, run.data, tokenizer)
     if not pairs:

@@ -1,6 +1,6 @@
 """Model cards: facts (YAML, written by a person) and results (JSON, written by an evaluation) to README.md.
 
-facts: the keys below, and what the template uses besides; see `model_cards/*.yaml`. `pipeline_tag` chooses the template:
+facts: the keys below, and what the template uses besides; see `model_cards/*.yaml`. `pipeline_tag` chooses a template:
 `automatic-speech-recognition` (the default) or `text-to-speech`, whose evaluation is a text of the facts.
 
 results: `{"rows": [{"model", "dataset", "split", "decoding", "chunk_size", "metric", "value", "per_seed"}, ...]}`,

@@ -17,7 +17,7 @@ from .whisper_log_mel import num_whisper_frames, whisper_log_mel
 
 # What the speech tokenizer and the speaker encoder listen to.
 ENCODER_SAMPLING_RATE = 16000
-# One window of the filter banks at that rate; upstream refuses less than 16 kHz, as here.
+# One window of the filter banks at that rate.
 _SHORTEST_SAMPLES = 400
 # Rate at which upstream loads a prompt for its spectrogram, whatever the model's own.
 _UPSTREAM_SAMPLING_RATE = 24000
@@ -62,7 +62,7 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         """
         Args:
             audio: a recording or a list of them, floats in [-1, 1] or integers; several channels are averaged.
-            sampling_rate (`int` or one for each recording): Hz, from 16000.
+            sampling_rate (`int` or one for each recording): Hz, from 16000 (or that of a model with a lower one).
             compatibility (`"upstream"`, *optional*): take the mel spectrogram of a waveform at 24 kHz as if it had
                 the model's own rate, which is wrong for version 1.
 
@@ -72,7 +72,7 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
             `_mask`, int64, 1 = real.
 
         Raises:
-            AudioError: NaN, a shape that is no waveform, a rate under 16 kHz, or less than 25 ms.
+            AudioError: NaN, a shape that is no waveform, or see [`check_prompt`].
         """
         single = isinstance(audio, np.ndarray | Tensor) or (len(audio) > 0 and np.isscalar(audio[0]))
         recordings = [to_mono_waveform(item) for item in ([audio] if single else audio)]
@@ -82,7 +82,7 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         mel_rate = _UPSTREAM_SAMPLING_RATE if compatibility == "upstream" else self.sampling_rate
         low, full = [], []
         for recording, rate in zip(recordings, rates, strict=True):
-            check_prompt(recording, rate)
+            self.check_prompt(recording, rate)
             low.append(resample_hann_sinc(recording, rate, ENCODER_SAMPLING_RATE))
             full.append(resample_hann_sinc(recording, rate, mel_rate))
         data = {}
@@ -101,6 +101,18 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         )
         data |= masked("prompt_mel", mel, num_mel_frames(counts, self.hop_length))
         return BatchFeature(data)
+
+    def check_prompt(self, waveform: Tensor, sampling_rate: int) -> None:
+        """Refuse recordings that no prompt can be made of.
+
+        Raises:
+            AudioError: a rate under 16 kHz (or under that of a model with a lower one), or less than 25 ms.
+        """
+        lowest = min(ENCODER_SAMPLING_RATE, self.sampling_rate)
+        if sampling_rate < lowest:
+            raise AudioError(f"sampling_rate: expected at least {lowest}, got {sampling_rate}")
+        if len(waveform) * ENCODER_SAMPLING_RATE < _SHORTEST_SAMPLES * sampling_rate:
+            raise AudioError(f"audio: expected at least 25 ms, got {1000 * len(waveform) / sampling_rate:.1f} ms")
 
     def tokenizer_features(self, name: str, waveforms: list[Tensor]) -> dict[str, Tensor]:
         """Whisper's log-mel frames of waveforms at 16 kHz, and their mask."""
@@ -121,24 +133,12 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         recordings = [to_mono_waveform(item) for item in ([audio] if single else audio)]
         rates = [sampling_rate] * len(recordings) if isinstance(sampling_rate, int) else list(sampling_rate)
         for recording, rate in zip(recordings, rates, strict=True):
-            check_prompt(recording, rate)
+            self.check_prompt(recording, rate)
         low = [
             resample_hann_sinc(recording, rate, ENCODER_SAMPLING_RATE)
             for recording, rate in zip(recordings, rates, strict=True)
         ]
         return BatchFeature(self.tokenizer_features("source_features", low))
-
-
-def check_prompt(waveform: Tensor, sampling_rate: int) -> None:
-    """Refuse recordings that no prompt can be made of.
-
-    Raises:
-        AudioError: under 16 kHz, or less than 25 ms.
-    """
-    if sampling_rate < ENCODER_SAMPLING_RATE:
-        raise AudioError(f"sampling_rate: expected at least {ENCODER_SAMPLING_RATE}, got {sampling_rate}")
-    if len(waveform) * ENCODER_SAMPLING_RATE < _SHORTEST_SAMPLES * sampling_rate:
-        raise AudioError(f"audio: expected at least 25 ms, got {1000 * len(waveform) / sampling_rate:.1f} ms")
 
 
 def masked(name: str, features: Tensor, counts: Tensor) -> dict[str, Tensor]:

@@ -84,6 +84,8 @@ class SpeechLmDataArguments:
         data_dir (`str`, *optional*): folder that relative paths start from.
         train, validation (`list[str]`): parquet or jsonl files, see the head of this file.
         instruct (`str`): put before a text whose row has no `instruct`; version 3 wants one with `<|endofprompt|>`.
+        text_suffix (`str`): put behind every text: `.` where the texts have no punctuation, because the processor ends
+            what it is to say in a full stop.
         speaker_column (`str`): `"utt_embedding"`, or `"spk_embedding"` for fine-tuning on known speakers.
         speaker_dropout (`float`): version 1: share of the examples whose speaker is withheld.
         two_stream_probability (`float`): versions 2 and 3: share of the examples in blocks of text and speech.
@@ -94,6 +96,7 @@ class SpeechLmDataArguments:
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
     instruct: str = ""
+    text_suffix: str = ""
     speaker_column: str = "utt_embedding"
     speaker_dropout: float = 0.0
     two_stream_probability: float = 0.5
@@ -206,7 +209,7 @@ def read_pairs(
     for number, row in enumerate(read_rows(paths, data.data_dir)):
         if row.get("text") is None or row.get("speech_token") is None:
             raise RunConfigError(f"data: row {number}: expected `text` and `speech_token`, found {sorted(row)}")
-        text, speech = ids(row["text"]), tuple(row["speech_token"])
+        text, speech = ids(row["text"] + data.text_suffix), tuple(row["speech_token"])
         fits = data.min_text_tokens <= len(text) <= data.max_text_tokens
         if not fits or not data.min_speech_tokens <= len(speech) <= data.max_speech_tokens:
             dropped += 1
