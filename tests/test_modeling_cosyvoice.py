@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_cosyvoice import generators, recording, tiny_cosyvoice, tiny_processor
 from torch import Tensor
-from transformers import AutoModel, AutoModelForTextToWaveform, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForTextToWaveform, AutoProcessor
 
 from hf_speechllm.hub import clean_process
 from hf_speechllm.models.configuration_cosyvoice import CosyVoiceConfig
@@ -249,6 +249,13 @@ def test_remote_code_equals_the_package(models, tmp_path):
     code = {path.name for path in folder.glob("*.py")}
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == code
     assert (tmp_path / "again" / "speakers.safetensors").is_file()
+
+
+def test_parts_name_no_code_and_no_place(models, tmp_path):
+    models[2].flow.save_pretrained(tmp_path)
+    content = {**models[2].config.to_dict(), "flow_config": AutoConfig.from_pretrained(tmp_path)}
+    text = CosyVoiceConfig(**content).to_json_string()
+    assert str(tmp_path) not in text and text.count("auto_map") == 1
 
 
 def test_parts_that_do_not_fit_are_refused(models):

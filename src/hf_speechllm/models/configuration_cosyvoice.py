@@ -25,6 +25,7 @@ PARTS = {
     "speech_tokenizer_config": (S3TokenizerConfig,),
     "speaker_encoder_config": (CampplusConfig,),
 }
+_NOT_OF_PARTS = {"_name_or_path", "auto_map", "custom_pipelines", "transformers_version"}
 
 
 class CosyVoiceConfig(PreTrainedConfig):
@@ -100,6 +101,14 @@ class CosyVoiceConfig(PreTrainedConfig):
                 f"lm_config.speech_vocab_size: expected {codes}, the speech tokenizer's codebook, got "
                 f"{self.lm_config.speech_vocab_size}"
             )
+
+    def to_dict(self) -> dict:
+        """As in transformers; a part says neither where it came from nor which files it needs, because the whole
+        brings them."""
+        output = super().to_dict()
+        for name in PARTS:
+            output[name] = {key: value for key, value in output[name].items() if key not in _NOT_OF_PARTS}
+        return output
 
     @property
     def sampling_rate(self) -> int:

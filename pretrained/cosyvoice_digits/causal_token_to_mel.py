@@ -1,0 +1,385 @@
+"""The causal flows of CosyVoice 2 and 3: a whole utterance at once, or exactly the same piece by piece.
+
+In a stream every Euler step keeps keys, values and the last inputs of convolutions of its own, with and without
+conditions, so that a new piece costs what it holds and nothing is computed twice. Upstream computes the whole history
+again for each piece, and for the last one without chunks, so that the end of its stream is that of another network.
+The price is memory: keys and values of every layer, twice for guidance, for every step; with the published sizes and
+10 steps 4.6 MB (CosyVoice 2) or 3.6 MB (CosyVoice 3) for each mel frame in float32.
+
+Shape legend: `b` batch, `n` tokens, `t` frames, `m` mel bins. In every mask 1 = real; real entries come first.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .causal_cache import CausalCache
+from .flow_matching import FlowMatchingDraws, draw_flow_matching, fixed_noise
+from .mixed_lengths import lengths_to_encode_apart
+from .ragged_rows import drop_beginnings, join_rows, length_mask, padding_mask, row_lengths
+from .token_to_mel import TokenToMelInputs, TokenToMelModel, TokenToMelOutput, TokenToMelTrainingOutput
+
+
+# Frames for which a stream with a generator draws its noise: 300 s at 50 Hz.
+_STREAM_NOISE_FRAMES = 15000
+
+
+@dataclass
+class CausalMelStream:
+    """Streams of a batch between two pieces: what came and is not computed yet, and what the networks remember.
+
+    A state is advanced in place by [`CausalTokenToMelModel.stream_mel`] and returned by it; [`clone`] one to continue
+    it twice.
+
+    Args:
+        speaker (`(b, m)`): projected. prompt_mel (`list` of `(t, m)`): of each row.
+        noise (`(1 or b, t, m)`, *optional*): that the streams start from; `None` = the fixed noise.
+        num_steps (`int`): Euler steps. times: what the velocity network makes of their times.
+        waiting (`list` of `(n,)`): tokens of each row that are not encoded yet, those of the prompt included.
+        frames (`list[int]`): mel frames of each row that are done, those of the prompt included.
+        finished (`list[bool]`): rows whose last token has come.
+        encoder_caches, step_caches: see [`CausalCache`]; one of the latter for every Euler step.
+    """
+
+    speaker: Tensor
+    prompt_mel: list[Tensor]
+    noise: Tensor | None
+    num_steps: int
+    times: list[Tensor]
+    waiting: list[Tensor]
+    frames: list[int]
+    finished: list[bool]
+    encoder_caches: tuple[CausalCache, ...]
+    step_caches: list[CausalCache]
+
+    def clone(self) -> "CausalMelStream":
+        """A state that can be continued without changing this one."""
+        return replace(
+            self,
+            waiting=list(self.waiting),
+            frames=list(self.frames),
+            finished=list(self.finished),
+            encoder_caches=tuple(cache.clone() for cache in self.encoder_caches),
+            step_caches=[cache.clone() for cache in self.step_caches],
+        )
+
+
+class CausalTokenToMelModel(TokenToMelModel):
+    """A flow whose frames see a few tokens ahead and nothing else to come.
+
+    A subclass has `encode_tokens`, `new_encoder_caches`, `encode_step` and `chunk_tokens`.
+    """
+
+    # -- a whole utterance -------------------------------------------------------------------------------------------
+    def encode_tokens(
+        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(b, n)` ids → conditions `(b, t, m)` and their mask; the last `num_following` tokens of a row are only seen
+        by those before them."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        speech_token_ids: Tensor,
+        mel: Tensor,
+        speaker_embedding: Tensor,
+        speech_token_mask: Tensor | None = None,
+        mel_mask: Tensor | None = None,
+        draws: FlowMatchingDraws | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenToMelTrainingOutput:
+        """Training loss.
+
+        Args:
+            speech_token_ids (`(b, n)`, int64), speech_token_mask (`(b, n)`).
+            mel (`(b, t, m)`): targets with `t` = tokens times `token_mel_ratio`; mel_mask (`(b, t)`).
+            speaker_embedding (`(b, speaker_embedding_size)`).
+            draws: what is random; drawn from `generator`, or torch's global one, where it is not given.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        config, ratio = self.config, self.config.token_mel_ratio
+        if mel.shape[1] != ratio * speech_token_ids.shape[1]:
+            raise ValueError(
+                f"mel: expected {ratio * speech_token_ids.shape[1]} frames, {ratio} for each of "
+                f"{speech_token_ids.shape[1]} tokens, got {mel.shape[1]}"
+            )
+        token_lengths = row_lengths("speech_token", speech_token_mask, speech_token_ids)
+        mel_lengths = torch.minimum(row_lengths("mel", mel_mask, mel), ratio * token_lengths)
+        if draws is None:
+            draws = draw_flow_matching(
+                mel,
+                mel_lengths,
+                config.condition_dropout,
+                config.prompt_probability,
+                config.longest_prompt,
+                config.streaming_probability,
+                generator,
+            )
+        mask = padding_mask(token_lengths, speech_token_ids.shape[1])
+        conditions, _ = self.encode_tokens(speech_token_ids, mask, draws.streaming, 0)
+        return self.flow_matching_output(mel, mel_lengths, conditions, speaker_embedding, draws)
+
+    @torch.no_grad()
+    def generate_mel(
+        self,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        prompt_token_ids: Tensor | None = None,
+        prompt_token_mask: Tensor | None = None,
+        prompt_mel: Tensor | None = None,
+        prompt_mel_mask: Tensor | None = None,
+        speaker_embedding: Tensor | None = None,
+        num_steps: int = 10,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        streaming: bool = False,
+        is_last: bool = True,
+    ) -> TokenToMelOutput:
+        """Mel spectrograms of whole token sequences; a row of a batch equals the row alone.
+
+        Args:
+            token_ids (`(b, n)`, int64), token_mask (`(b, n)`).
+            prompt_token_ids (`(b, n')`), prompt_mel (`(b, t', m)`), with their masks: the voice to continue.
+            speaker_embedding (`(b, speaker_embedding_size)`).
+            num_steps (`int`): Euler steps.
+            noise (`(1 or b, at least t, m)`): for the frames of prompt and tokens; otherwise drawn from `generator`,
+                otherwise the fixed noise that upstream starts every utterance from.
+            streaming (`bool`): as a stream would be computed, in chunks that see nothing after them.
+            is_last (`bool`): `False`: more tokens will come, so that the last `num_lookahead_tokens` only serve those
+                before them.
+
+        Raises:
+            ValueError: shapes that do not fit, a prompt longer than the tokens account for.
+        """
+        if speaker_embedding is None:
+            raise ValueError("speaker_embedding: expected one vector a row, got none")
+        inputs = self.read_inputs(
+            token_ids,
+            token_mask,
+            prompt_token_ids,
+            prompt_token_mask,
+            prompt_mel,
+            prompt_mel_mask,
+            speaker_embedding,
+        )
+        num_following = 0 if is_last else self.config.num_lookahead_tokens
+        lengths = inputs.prompt_lengths + inputs.token_lengths - num_following
+        if bool((lengths < 0).any()):
+            raise ValueError(f"token_ids: expected at least {num_following} with more to come")
+        frames = self.config.token_mel_ratio * lengths
+        if bool((inputs.prompt_frames > frames).any()):
+            raise ValueError(
+                f"prompt_mel: expected at most {frames.tolist()} frames, got {inputs.prompt_frames.tolist()}"
+            )
+        size = int(frames.max()) if len(frames) else 0
+        noise = self._noise(noise, generator, len(frames), size)
+        if lengths_to_encode_apart(noise.expand(len(frames), -1, -1), length_mask(frames, size)) is not None:
+            rows = [
+                self._generate(inputs.row(row), noise[row % len(noise)][None], num_steps, streaming, num_following)
+                for row in range(len(frames))
+            ]
+            pieces = [mel[0] for mel, _ in rows]
+            mel = pad_sequence(pieces, batch_first=True)
+            counts = torch.tensor([len(piece) for piece in pieces], device=self.device)
+        else:
+            mel, counts = self._generate(inputs, noise, num_steps, streaming, num_following)
+        return TokenToMelOutput(mel=mel, mel_mask=length_mask(counts, mel.shape[1]))
+
+    def _generate(
+        self, inputs: TokenToMelInputs, noise: Tensor, num_steps: int, streaming: bool, num_following: int
+    ) -> tuple[Tensor, Tensor]:
+        """Frames after the prompt `(b, t, m)` and how many are real."""
+        ids, lengths = join_rows(inputs.prompt_ids, inputs.prompt_lengths, inputs.token_ids, inputs.token_lengths)
+        frames = self.config.token_mel_ratio * (lengths - num_following)
+        if ids.shape[1] <= num_following:
+            return inputs.speaker.new_zeros(len(ids), 0, self.config.num_mel_bins, dtype=torch.float32), frames
+        conditions, mask = self.encode_tokens(ids, padding_mask(lengths, ids.shape[1]), streaming, num_following)
+        prompt = torch.zeros_like(conditions)
+        given = length_mask(inputs.prompt_frames, inputs.prompt_mel.shape[1])
+        prompt[:, : given.shape[1]] = inputs.prompt_mel * given[..., None].to(prompt.dtype)
+        noise = noise[:, : conditions.shape[1]].expand(conditions.shape[0], -1, -1)
+        mel = self.solve(noise, conditions, inputs.speaker, prompt, mask, num_steps, streaming)
+        return drop_beginnings(mel, frames, inputs.prompt_frames)
+
+    def _noise(self, noise: Tensor | None, generator: torch.Generator | None, batch: int, frames: int) -> Tensor:
+        bins = self.config.num_mel_bins
+        if noise is None and generator is None:
+            return fixed_noise(frames, bins, self.device)
+        if noise is None:
+            noise = torch.randn(batch, frames, bins, generator=generator, device=generator.device)
+        if noise.dim() != 3 or noise.shape[0] not in (1, batch) or noise.shape[1] < frames or noise.shape[2] != bins:
+            raise ValueError(f"noise: expected (1 or {batch}, at least {frames}, {bins}), got {tuple(noise.shape)}")
+        return noise.to(self.device)
+
+    # -- piece by piece ----------------------------------------------------------------------------------------------
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk: a stream advances by multiples of it.
+
+        Raises:
+            ValueError: a network that is not the same piece by piece.
+        """
+        raise NotImplementedError
+
+    def new_encoder_caches(self, batch_size: int) -> tuple[CausalCache, ...]:
+        """Empty caches of the encoder."""
+        raise NotImplementedError
+
+    def encode_step(
+        self, token_ids: Tensor, available: Tensor, counts: list[int], caches: tuple[CausalCache, ...]
+    ) -> Tensor:
+        """Conditions `(b, t, m)` of the next `counts[b]` tokens of each row.
+
+        Args:
+            token_ids (`(b, n + num_lookahead_tokens)`), available (same, bool): the tokens and those after them.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def start_stream(
+        self,
+        speaker_embedding: Tensor,
+        prompt_token_ids: Tensor | None = None,
+        prompt_token_mask: Tensor | None = None,
+        prompt_mel: Tensor | None = None,
+        prompt_mel_mask: Tensor | None = None,
+        num_steps: int = 10,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CausalMelStream:
+        """Begin one stream for every row of `speaker_embedding`; the arguments are those of [`generate_mel`].
+
+        The complete chunks of the prompt are computed here. A voice that speaks often is begun once, and every
+        sentence continues a `clone()` of the state. `noise` must have enough frames for the whole stream; a
+        `generator` draws 15,000.
+
+        Raises:
+            ValueError: shapes that do not fit, or a network that is not the same piece by piece.
+        """
+        batch = speaker_embedding.shape[0]
+        no_tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
+        inputs = self.read_inputs(
+            no_tokens, None, prompt_token_ids, prompt_token_mask, prompt_mel, prompt_mel_mask, speaker_embedding
+        )
+        if not self.chunk_tokens:
+            raise ValueError("estimator_chunk_size: expected a chunk for a stream, got 0")
+        if noise is not None or generator is not None:
+            noise = self._noise(noise, generator, batch, _STREAM_NOISE_FRAMES if noise is None else 0)
+        rows = 2 * batch if self.config.guidance_scale else batch
+        state = CausalMelStream(
+            speaker=inputs.speaker,
+            prompt_mel=[row[:count] for row, count in zip(inputs.prompt_mel, inputs.prompt_frames, strict=True)],
+            noise=noise,
+            num_steps=num_steps,
+            times=self.embed_schedule(num_steps),
+            waiting=[row[:count] for row, count in zip(inputs.prompt_ids, inputs.prompt_lengths, strict=True)],
+            frames=[0] * batch,
+            finished=[False] * batch,
+            encoder_caches=self.new_encoder_caches(batch),
+            step_caches=[CausalCache([0] * rows, self.config.estimator_chunk_size) for _ in range(num_steps)],
+        )
+        # Where the mel ends before the tokens, what is behind it is heard, and comes with the first piece.
+        chunk_frames = self.config.token_mel_ratio * self.chunk_tokens
+        heard = [len(mel) // chunk_frames * self.chunk_tokens for mel in state.prompt_mel]
+        self._advance(state, [min(pair) for pair in zip(self._ready(state), heard, strict=True)])
+        return state
+
+    @torch.no_grad()
+    def stream_mel(
+        self,
+        state: CausalMelStream,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        is_last: bool | list[bool] = False,
+    ) -> tuple[TokenToMelOutput, CausalMelStream]:
+        """Take more tokens of every stream; give the frames that are settled by now.
+
+        Put together, the pieces are what [`generate_mel`] with `streaming=True` gives for all tokens, however they are
+        cut. A piece comes out when a chunk and the tokens after it are there.
+
+        Args:
+            state: is advanced in place. token_ids (`(b, n)`, int64; `n` may be 0), token_mask (`(b, n)`).
+            is_last: whether the stream (or each of them) has no more tokens.
+
+        Raises:
+            ValueError: shapes that do not fit, tokens for a stream that has ended, or noise that is too short.
+        """
+        lengths = row_lengths("token", token_mask, token_ids).tolist()
+        endings = [is_last] * len(lengths) if isinstance(is_last, bool) else list(is_last)
+        if len(lengths) != len(state.waiting) or len(endings) != len(lengths):
+            raise ValueError(f"token_ids: expected {len(state.waiting)} rows, got {len(lengths)}")
+        for row, length in enumerate(lengths):
+            if state.finished[row] and length:
+                raise ValueError(f"token_ids[{row}]: expected none after the end of the stream, got {length}")
+        for row, length in enumerate(lengths):
+            state.waiting[row] = torch.cat([state.waiting[row], token_ids[row, :length].to(self.device)])
+            state.finished[row] |= endings[row]
+        return self._advance(state, self._ready(state)), state
+
+    def _ready(self, state: CausalMelStream) -> list[int]:
+        """Tokens of each row that can be computed: whole chunks that have their look-ahead, or all that are left."""
+        lookahead, chunk = self.config.num_lookahead_tokens, self.chunk_tokens
+        return [
+            len(waiting) if finished else max(0, len(waiting) - lookahead) // chunk * chunk
+            for waiting, finished in zip(state.waiting, state.finished, strict=True)
+        ]
+
+    def _advance(self, state: CausalMelStream, counts: list[int]) -> TokenToMelOutput:
+        """Compute the next `counts[b]` tokens of each row; the frames that come after the prompt."""
+        lookahead, ratio = self.config.num_lookahead_tokens, self.config.token_mel_ratio
+        if not any(counts):
+            empty = torch.zeros(len(counts), 0, self.config.num_mel_bins, device=self.device)
+            return TokenToMelOutput(mel=empty, mel_mask=empty[..., 0].bool())
+        seen = [row[: count + lookahead] for row, count in zip(state.waiting, counts, strict=True)]
+        ids = pad_sequence(seen, batch_first=True)
+        ids = torch.nn.functional.pad(ids, (0, max(counts) + lookahead - ids.shape[1]))
+        available = length_mask(torch.tensor([len(row) for row in seen], device=self.device), ids.shape[1])
+        conditions = self.encode_step(ids, available, counts, state.encoder_caches)
+        state.waiting = [row[count:] for row, count in zip(state.waiting, counts, strict=True)]
+        frames = [ratio * count for count in counts]
+        return self._new_frames(state, self._solve_step(state, conditions, frames), frames)
+
+    def _solve_step(self, state: CausalMelStream, conditions: Tensor, counts: list[int]) -> Tensor:
+        size, bins = conditions.shape[1], self.config.num_mel_bins
+        longest = max(start + count for start, count in zip(state.frames, counts, strict=True))
+        # One frame more than is used at most: rows that stand behind others read past their end and ignore it.
+        source = fixed_noise(longest + size, bins, self.device) if state.noise is None else state.noise
+        if source.shape[1] < longest:
+            raise ValueError(f"noise: expected at least {longest} frames for this stream, got {source.shape[1]}")
+        noise, prompt = [], torch.zeros_like(conditions)
+        for row, start in enumerate(state.frames):
+            piece = source[row % len(source), start : start + size]
+            noise.append(torch.nn.functional.pad(piece, (0, 0, 0, size - len(piece))))
+            given = state.prompt_mel[row][start : start + size]
+            prompt[row, : len(given)] = given
+        for cache in state.step_caches:
+            cache.begin(counts * (2 if self.config.guidance_scale else 1), self.device)
+        mel = self.solve(
+            torch.stack(noise),
+            conditions,
+            state.speaker,
+            prompt,
+            None,
+            state.num_steps,
+            caches=state.step_caches,
+            times=state.times,
+        )
+        for cache in state.step_caches:
+            cache.end()
+        return mel
+
+    @staticmethod
+    def _new_frames(state: CausalMelStream, mel: Tensor, counts: list[int]) -> TokenToMelOutput:
+        """What comes after the prompt of each row."""
+        dropped = [
+            min(count, max(0, len(prompt) - start))
+            for start, count, prompt in zip(state.frames, counts, state.prompt_mel, strict=True)
+        ]
+        state.frames = [start + count for start, count in zip(state.frames, counts, strict=True)]
+        count, drop = (torch.tensor(values, device=mel.device) for values in (counts, dropped))
+        mel, kept = drop_beginnings(mel, count, drop)
+        return TokenToMelOutput(mel=mel, mel_mask=length_mask(kept, mel.shape[1]))
