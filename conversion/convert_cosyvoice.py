@@ -48,9 +48,9 @@ import cosyvoice_flow
 import cosyvoice_hift
 import cosyvoice_lm
 import s3_tokenizer
+from cosyvoice_pack import YAML_NAMES, find_yaml
 
 
-YAML_NAMES = ("cosyvoice.yaml", "cosyvoice2.yaml", "cosyvoice3.yaml")
 NETWORKS = ("llm", "flow", "hift")
 QWEN_FOLDER = "CosyVoice-BlankEN"
 SPEAKER_FILE = "spk2info.pt"
@@ -161,22 +161,6 @@ def convert_part(pack: str | Path, out_dir: str | Path, part: str, llm: str = "l
     if part == "speech_tokenizer":
         return s3_tokenizer.convert(find_speech_tokenizer(pack), out_dir)
     return campplus.convert(pack / campplus.GRAPH_NAME, out_dir)
-
-
-def find_yaml(pack: Path) -> Path:
-    """The yaml of a pack, whose name says the version.
-
-    Raises:
-        ConversionError: no folder, or not exactly one such file.
-    """
-    if not pack.is_dir():
-        raise ConversionError("pack is not a directory", file=pack)
-    found = [pack / name for name in YAML_NAMES if (pack / name).exists()]
-    if len(found) != 1:
-        raise ConversionError(
-            "no single yaml", file=pack, expected=f"one of {', '.join(YAML_NAMES)}", actual=[p.name for p in found]
-        )
-    return found[0]
 
 
 def find_speech_tokenizer(pack: Path) -> Path:

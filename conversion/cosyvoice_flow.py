@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from cosyvoice_pack import find_yaml
 from torch import Tensor
 
 from hf_speechllm.models.configuration_cosyvoice2_flow import CosyVoice2FlowConfig
@@ -37,7 +38,6 @@ from hf_speechllm.upstream.typed_config import ConfigReader, KeyTable
 
 Config = CosyVoiceFlowConfig | CosyVoice2FlowConfig | CosyVoice3FlowConfig
 WEIGHTS_NAME, MODEL_WEIGHTS_NAME = "flow.pt", "model.safetensors"
-YAML_NAMES = ("cosyvoice.yaml", "cosyvoice2.yaml", "cosyvoice3.yaml")
 # What a trainer's checkpoint has beside the weights.
 CHECKPOINT_SCALARS = frozenset({"epoch", "step"})
 MODELS: dict[type, type[TokenToMelModel]] = {
@@ -562,25 +562,6 @@ def restore_weights(weights: dict[str, Tensor], config: Config) -> dict[str, Ten
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
-
-
-def find_yaml(pack: Path) -> Path:
-    """The one configuration of a pack.
-
-    Raises:
-        ConversionError: no folder, or not exactly one configuration.
-    """
-    if not pack.is_dir():
-        raise ConversionError("pack is not a directory", file=pack)
-    found = [pack / name for name in YAML_NAMES if (pack / name).exists()]
-    if len(found) != 1:
-        raise ConversionError(
-            "no single configuration",
-            file=pack,
-            expected=f"one of {', '.join(YAML_NAMES)}",
-            actual=[path.name for path in found],
-        )
-    return found[0]
 
 
 def convert(pack: Path, out: Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from cosyvoice_pack import find_yaml
 from torch import Tensor
 
 from hf_speechllm.models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
@@ -27,7 +28,6 @@ from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, stage
 from hf_speechllm.upstream.typed_config import ConfigReader
 
 
-YAML_NAMES = ("cosyvoice.yaml", "cosyvoice2.yaml", "cosyvoice3.yaml")
 WEIGHTS_NAME = "hift.pt"
 MODEL_NAME = "model.safetensors"
 # What upstream's trainer adds to the weights.
@@ -437,22 +437,3 @@ def load_config(model_dir: Path) -> CosyVoiceHiftConfig:
             "another model", file=path, key="model_type", expected=sorted(kinds), actual=content.get("model_type")
         )
     return kinds[content["model_type"]].from_pretrained(model_dir, local_files_only=True)
-
-
-def find_yaml(pack: Path) -> Path:
-    """The yaml of a pack.
-
-    Raises:
-        ConversionError: none, or several.
-    """
-    if not pack.is_dir():
-        raise ConversionError("pack is not a directory", file=pack)
-    found = [pack / name for name in YAML_NAMES if (pack / name).exists()]
-    if len(found) != 1:
-        raise ConversionError(
-            "no single yaml",
-            file=pack,
-            expected=f"one of {', '.join(YAML_NAMES)}",
-            actual=[path.name for path in found],
-        )
-    return found[0]

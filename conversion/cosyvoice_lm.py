@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from cosyvoice_pack import YAML_NAMES, find_yaml
 from torch import Tensor
 
 from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
@@ -31,7 +32,6 @@ from hf_speechllm.upstream.typed_config import ConfigReader
 LmConfig = CosyVoiceLmConfig | CosyVoiceTransformerLmConfig
 
 WEIGHTS_NAME = "llm.pt"
-YAML_NAMES = ("cosyvoice.yaml", "cosyvoice2.yaml", "cosyvoice3.yaml")
 QWEN_FOLDER = "CosyVoice-BlankEN"
 CLASSES = {
     "cosyvoice.llm.llm.TransformerLM": 1,
@@ -488,20 +488,6 @@ def convert(pack: Path, out: Path, weights_name: str = WEIGHTS_NAME) -> dict[str
         write_safetensors(stage / "model.safetensors", weights)
         write_report(stage, report)
     return report
-
-
-def find_yaml(pack: Path) -> Path:
-    """The pack's yaml.
-
-    Raises:
-        ConversionError: none, or more than one.
-    """
-    found = [pack / name for name in YAML_NAMES if (pack / name).is_file()]
-    if len(found) != 1:
-        raise ConversionError(
-            "no single yaml", file=pack, expected=f"one of {', '.join(YAML_NAMES)}", actual=[p.name for p in found]
-        )
-    return found[0]
 
 
 def restore(model_dir: Path, pack: Path) -> dict[str, object]:

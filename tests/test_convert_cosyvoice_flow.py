@@ -251,7 +251,7 @@ def test_folders_that_are_no_pack(tmp_path):
         convert(tmp_path / "nothing", tmp_path / "out")
     pack = copy_pack(1, tmp_path / "pack")
     shutil.copyfile(GOLDEN / "v2_flow" / YAMLS[2], pack / YAMLS[2])
-    refused(pack, "no single configuration")
+    refused(pack, "no single yaml")
     with pytest.raises(ConversionError, match="another model"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
