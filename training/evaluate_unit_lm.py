@@ -4,7 +4,8 @@
         --vocoder VOCODER --recogniser RECOGNISER --output OUT.json
 
 Parquet files are those of `training/extract_units.py`; dialogues also have `answer_text`. Any stage can be measured,
-also one that has not yet learned the task. Figures:
+also one that has not yet learned the task. VOCODER is a unit vocoder, or a CosyVoice for units of its tokenizer.
+Figures:
 
 * `unit_perplexity`: of `<sosp>...<eosp>` lines, over units and `<eosp>`;
 * `recognition_wer`: the text that the model writes for units, against the transcript;
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("model", help="folder or Hub id of a unit LM")
     parser.add_argument("--speech", type=Path, required=True, help="parquet with text and units")
     parser.add_argument("--dialogues", type=Path, help="parquet with text, units and answer_text")
-    parser.add_argument("--vocoder", help="folder of a unit vocoder; without it nothing is spoken")
+    parser.add_argument("--vocoder", help="folder of a unit vocoder or a CosyVoice; without it nothing is spoken")
     parser.add_argument("--recogniser", help="folder of the recogniser that listens")
     parser.add_argument("--speaker", help="voice of the vocoder, by name")
     parser.add_argument("--style", choices=("released", "paper"), default="released")
@@ -50,11 +51,12 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from datasets import Dataset
     from tqdm import tqdm
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
+    from hf_speechllm.models.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
     from hf_speechllm.models.unit_string import parse_unit_string, unit_string
     from hf_speechllm.train.metrics import metric_path
@@ -66,7 +68,11 @@ def main(argv: Sequence[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, **trust).eval().to(arguments.device)
     vocoder = recognise = None
     if arguments.vocoder is not None:
-        vocoder = AutoModel.from_pretrained(arguments.vocoder, **trust).eval().to(arguments.device)
+        if AutoConfig.from_pretrained(arguments.vocoder, **trust).model_type == "cosyvoice":
+            vocoder = CosyVoiceUnits.from_pretrained(arguments.vocoder, **trust)
+            vocoder.model.to(arguments.device)
+        else:
+            vocoder = AutoModel.from_pretrained(arguments.vocoder, **trust).eval().to(arguments.device)
         if arguments.recogniser is None:
             parser.error("--vocoder: expected --recogniser as well")
         recognise = pipeline("automatic-speech-recognition", model=arguments.recogniser, trust_remote_code=True)

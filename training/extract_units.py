@@ -3,8 +3,9 @@
     python training/extract_units.py UNITS_MODEL DATA/digits/train UNITS.parquet
     python training/extract_units.py UNITS_MODEL DATA.jsonl UNITS.parquet --where split=train --batch_seconds 60
 
-UNITS_MODEL is a folder or Hub id of a `speechgpt_units` model. Rows, in the order of the manifest: `key`, `text`,
-`speaker`, `units` (adjacent repeats removed), `durations` (frames of each), and every other column of the manifest.
+UNITS_MODEL is a folder or Hub id of a `speechgpt_units` model, of an `s3_tokenizer`, or of a whole `cosyvoice`, whose
+tokenizer is used. Rows, in the order of the manifest: `key`, `text`, `speaker`, `units` (of `speechgpt_units` without
+adjacent repeats), `durations` (frames of each), and every other column of the manifest.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> None:
     """Run the extraction; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of a units model")
+    parser.add_argument("model", help="folder or Hub id of a units model or a CosyVoice")
     parser.add_argument("data", type=Path, help="audiofolder, .jsonl file or Kaldi folder")
     parser.add_argument("output", type=Path, help="parquet file")
     parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these rows")
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
 
     utterances = read_manifest(arguments.data, where=parse_filters(arguments.where))
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if model.config.model_type == "cosyvoice":
+        model = model.speech_tokenizer
     rows = extract_units(model.eval().to(arguments.device), utterances, arguments.batch_seconds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows).to_parquet(str(arguments.output))

@@ -7,41 +7,71 @@ import torch
 from tqdm import tqdm
 
 from hf_speechllm.data.manifests import Utterance
-from hf_speechllm.data.waveform_batches import waveform_batches
+from hf_speechllm.data.waveform_batches import WaveformBatch, waveform_batches
+from hf_speechllm.models.feature_extraction_s3_tokenizer import S3FeatureExtractor
+from hf_speechllm.models.modeling_s3_tokenizer import S3TokenizerModel
 from hf_speechllm.models.modeling_speechgpt_units import SpeechGptUnitsModel
+
+
+# Units of one utterance and the frames of each.
+Units = tuple[list[int], list[int]]
 
 
 @torch.no_grad()
 def extract_units(
-    model: SpeechGptUnitsModel, utterances: Sequence[Utterance], batch_seconds: float = 60.0, progress: bool = True
+    model: SpeechGptUnitsModel | S3TokenizerModel,
+    utterances: Sequence[Utterance],
+    batch_seconds: float = 60.0,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Units of each utterance.
 
     Args:
-        model: in evaluation mode, on any device.
+        model: in evaluation mode, on any device. The tokens of an `s3_tokenizer` are kept as they are, repeats
+            included, because the flow that speaks them knows no durations.
         utterances: their audio is decoded here, and resampled to the model's rate.
         batch_seconds: budget of a batch, padding included; an utterance that is longer is a batch of its own.
 
     Returns:
         one row per utterance in their order: the columns of its manifest row, and `key`, `text`, `speaker`, `units`
-        (adjacent repeats removed) and `durations` (frames of each unit).
+        (adjacent repeats removed, but for an `s3_tokenizer`) and `durations` (frames of each unit).
 
     Raises:
         AudioError: an audio file that cannot be used.
     """
+    by_speech_tokenizer = isinstance(model, S3TokenizerModel)
+    rate = S3FeatureExtractor().sampling_rate if by_speech_tokenizer else model.config.sampling_rate
+    encode = _speech_tokens if by_speech_tokenizer else _reduced_units
     rows: list[dict[str, Any]] = [{} for _ in utterances]
     with tqdm(total=len(utterances), unit="utterance", desc="units", disable=not progress) as bar:
-        for batch in waveform_batches(utterances, model.config.sampling_rate, batch_seconds):
-            output = model.encode(batch.input_values.to(model.device), batch.attention_mask.to(model.device))
-            for row, index in enumerate(batch.indices):
-                item, length = utterances[index], int(output.reduced_lengths[row])
+        for batch in waveform_batches(utterances, rate, batch_seconds):
+            for index, (units, durations) in zip(batch.indices, encode(model, batch), strict=True):
+                item = utterances[index]
                 rows[index] = {
                     **item.columns,
                     "key": item.key,
                     "text": item.text,
                     "speaker": item.speaker or "",
-                    "units": output.reduced_ids[row, :length].tolist(),
-                    "durations": output.durations[row, :length].tolist(),
+                    "units": units,
+                    "durations": durations,
                 }
             bar.update(len(batch.indices))
     return rows
+
+
+def _reduced_units(model: SpeechGptUnitsModel, batch: WaveformBatch) -> list[Units]:
+    output = model.encode(batch.input_values.to(model.device), batch.attention_mask.to(model.device))
+    return [
+        (ids[:length].tolist(), durations[:length].tolist())
+        for ids, durations, length in zip(
+            output.reduced_ids, output.durations, output.reduced_lengths.tolist(), strict=True
+        )
+    ]
+
+
+def _speech_tokens(model: S3TokenizerModel, batch: WaveformBatch) -> list[Units]:
+    extractor = S3FeatureExtractor(feature_size=model.config.num_mel_bins)
+    waveforms = [row[mask.bool()] for row, mask in zip(batch.input_values, batch.attention_mask, strict=True)]
+    output = model.encode(**extractor(waveforms).to(model.device))
+    tokens = [ids[mask].tolist() for ids, mask in zip(output.token_ids, output.token_mask, strict=True)]
+    return [(row, [1] * len(row)) for row in tokens]

@@ -6,8 +6,9 @@ A configuration names it in `custom_pipelines`, so that
 
 finds it; with the package, `SpeechGptPipeline(model=LM, units=UNITS, vocoder=VOCODER)` does the same. The model may as
 well be the plain causal LM: only its `generate` is used. What is needed of the two helpers:
-`units.encode(input_values, attention_mask)` with `reduced_ids`, and for the vocoder see [`UnitSpeaker`]; each is an
-object or a folder.
+`units.encode(input_values, attention_mask)` with `reduced_ids`, and `vocoder.synthesize(units)`; for [`stream`] a unit
+vocoder as [`UnitSpeaker`] describes it, or `vocoder.start_stream()`. Each is an object or the folder of a model; a
+`CosyVoiceUnits` can be both.
 """
 
 import os
@@ -47,7 +48,8 @@ class SpeechGptPipeline(Pipeline):
         history: the dialogue before the question: `"dialogue"` of an earlier result, or complete turns.
         read_paths (`bool`, defaults to True): whether texts may name recordings by their paths. Switch it off for
             texts of strangers.
-        voice (`dict`): options of the vocoder, e.g. `{"speaker_id": 3}`.
+        voice (`dict`): options of the vocoder, e.g. `{"speaker": "anna"}`; a unit vocoder in a stream takes numbers
+            alone, `{"speaker_id": 3}`.
         batch_size (`int`): questions per forward pass.
         anything else (`temperature`, `max_new_tokens`, `generation_config`, ...) goes to the model's `generate`.
 
@@ -79,8 +81,8 @@ class SpeechGptPipeline(Pipeline):
 
     def _sanitize_parameters(
         self,
-        units: PreTrainedModel | str | os.PathLike | None = None,
-        vocoder: PreTrainedModel | str | os.PathLike | None = None,
+        units: Any = None,
+        vocoder: Any = None,
         output: Modality | None = None,
         style: Style | None = None,
         history: str | Sequence[SpeechGptTurn] | None = None,
@@ -107,7 +109,7 @@ class SpeechGptPipeline(Pipeline):
     def preprocess(
         self,
         inputs: str | dict[str, Any],
-        units: PreTrainedModel | None = None,
+        units: Any = None,
         output: Modality = "speech",
         style: Style | None = None,
         history: str | Sequence[SpeechGptTurn] = (),
@@ -149,16 +151,14 @@ class SpeechGptPipeline(Pipeline):
     def postprocess(
         self,
         model_outputs: dict[str, Any],
-        vocoder: PreTrainedModel | None = None,
+        vocoder: Any = None,
         voice: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The parts of the answer, and its sound."""
         result = self._result(model_outputs["prompts"][0], model_outputs["answers"][0])
         if vocoder is not None and result["units"]:
-            unit_ids = torch.tensor([result["units"]], device=vocoder.device)
             with torch.no_grad():
-                spoken = vocoder(unit_ids, return_dict=True, **(voice or {}))
-            result["audio"] = spoken.waveform[0, : int(spoken.lengths[0])].float().cpu().numpy()
+                result["audio"] = vocoder.synthesize(result["units"], **(voice or {})).cpu().numpy()
             result["sampling_rate"] = vocoder.config.sampling_rate
         return result
 
@@ -216,8 +216,11 @@ class SpeechGptPipeline(Pipeline):
             except BaseException as error:  # the reader raises it, wherever it comes from
                 streamer.fail(error)
 
-        vocoder = postprocess.get("vocoder")
-        speaker = None if vocoder is None else UnitSpeaker(vocoder, **(postprocess.get("voice") or {}))
+        vocoder, voice = postprocess.get("vocoder"), postprocess.get("voice") or {}
+        speaker = None
+        if vocoder is not None:
+            is_unit_vocoder = isinstance(vocoder, PreTrainedModel)
+            speaker = UnitSpeaker(vocoder, **voice) if is_unit_vocoder else vocoder.start_stream(**voice)
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         yield from self._pieces(streamer, speaker, min_units)
@@ -255,7 +258,7 @@ class SpeechGptPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
 
-def _load_helper(model: PreTrainedModel | str | os.PathLike, device: torch.device) -> PreTrainedModel:
+def _load_helper(model: Any, device: torch.device) -> Any:
     """The model, loaded where only its name is given. Code from a repository never runs here: load such a model
     yourself, with `trust_remote_code=True`, and pass the object."""
     if isinstance(model, str | os.PathLike):
