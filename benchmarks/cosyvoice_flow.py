@@ -4,9 +4,10 @@
         [--output benchmarks/RESULTS.md]
 
 The checkouts are FunAudioLLM/CosyVoice and its submodule Matcha-TTS; what they import must be installed beside them.
-Measured are a sentence and four sentences offline (upstream takes one at a time), and the whole work of a stream: what
-upstream computes anew for every piece, with the pieces of its own loop, against what the caches leave to do. Every
-comparison checks first that both sides compute the same. `--tiny` shortens everything to see that it runs.
+Measured are a sentence, also with bfloat16 products where the processor has them, and four sentences offline (upstream
+takes one at a time), and the whole work of a stream: what upstream computes anew for every piece, with the pieces of
+its own loop, against what the caches leave to do. Every comparison checks first that both sides compute the same.
+`--tiny` shortens everything to see that it runs.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from timing import HEADER, Comparison, compare
 from torch import Tensor, nn
 
+from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, unpack_linear_weights
 from hf_speechllm.models.causal_token_to_mel import CausalTokenToMelModel
 from hf_speechllm.models.configuration_cosyvoice2_flow import CosyVoice2FlowConfig
 from hf_speechllm.models.configuration_cosyvoice3_flow import CosyVoice3FlowConfig
@@ -275,6 +277,20 @@ def compare_flow(version: int, seconds: dict, runs: int, report: Callable[[Compa
             runs=runs,
         )
     )
+    if has_bfloat16_products():
+        exact = run_ours(model, [one])[0]
+        pack_linear_weights(model, torch.bfloat16)
+        error = float((run_ours(model, [one])[0] - exact).norm() / exact.norm())
+        report(
+            compare(
+                f"{name}, {seconds['sentence']:g} s, ours packed in bfloat16 (mel {100 * error:.1f} % off)",
+                "",
+                lambda: run_peer(peer, one),
+                lambda: run_ours(model, [one]),
+                runs=runs,
+            )
+        )
+        unpack_linear_weights(model)
     four = [make_sentence(model, length, prompt, seed=index) for index, length in enumerate(seconds["four"])]
     mels, mask = run_ours(model, four)
     for mel, real, item in zip(mels, mask, four, strict=True):

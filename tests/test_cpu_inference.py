@@ -89,5 +89,42 @@ def test_copies_use_the_plain_product(model, features):
         assert torch.equal(model(features).logits, expected)
 
 
+def test_a_model_made_in_inference_mode_can_be_packed():
+    with torch.inference_mode():
+        linear = torch.nn.Sequential(torch.nn.Linear(16, 24))
+        hidden = torch.randn(5, 16)
+        plain = linear(hidden)
+        assert pack_linear_weights(linear) == 1
+        assert torch.allclose(linear(hidden), plain, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here")
+def test_bfloat16_products_are_rounded_and_nothing_else_is(model, features):
+    with torch.inference_mode():
+        plain = model(features).logits
+    assert pack_linear_weights(model, torch.bfloat16) > 20
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    linear = model.ctc_head
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        rounded = model(features).logits
+        exact = hidden.bfloat16().double() @ linear.weight.bfloat16().double().T + linear.bias.double()
+        product = linear(hidden)
+    assert product.dtype == rounded.dtype == torch.float32
+    # The sum is float32; what comes out is rounded once, to 8 bits.
+    torch.testing.assert_close(product.double(), exact, rtol=2**-8, atol=2**-12)
+    error = float((rounded - plain).norm() / plain.norm())
+    assert 1e-4 < error < 2e-2
+    # Packed again in float32 it is exact again.
+    pack_linear_weights(model)
+    with torch.inference_mode():
+        assert torch.allclose(model(features).logits, plain, atol=1e-5)
+
+
+def test_a_type_without_products_is_refused(model):
+    with pytest.raises(ValueError, match="expected torch.float32 or torch.bfloat16, got torch.float16"):
+        pack_linear_weights(model, torch.float16)
+
+
 def test_other_dtypes_are_left_alone(model):
     assert pack_linear_weights(model.to(torch.bfloat16)) == 0
