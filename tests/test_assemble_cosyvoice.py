@@ -124,3 +124,52 @@ def test_self_check_hears_a_difference(parts, monkeypatch):
     monkeypatch.setattr(self_check_module, "PROBE_TEXT", "another")
     with pytest.raises(SelfCheckError, match="audio: expected"):
         self_check(parts["whole"])
+
+
+def test_parts_of_a_whole_are_trained_and_put_back(parts, manifest, tmp_path):
+    """No step, so that what comes back is what was there: a whole is enough to fine-tune any of its parts."""
+    import train_cosyvoice_lm
+    import train_flow
+    import train_vocoder
+
+    whole, data = parts["whole"], manifest.parent
+    extraction.main([str(whole), str(manifest), str(data / "train.parquet")])
+    same = ("--data_dir", str(data), "--learning_rate", "0", "--max_steps", "1", "--use_cpu", "true")
+    tokens = (*same, "--data.train", "[train.parquet]", "--data.validation", "[]", "--disable_tqdm", "true")
+    tokens += (
+        "--save_strategy",
+        "no",
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--bf16",
+        "false",
+    )
+    recipes = Path(__file__).parents[1] / "training" / "recipes"
+    lm, flow, vocoder = (tmp_path / name for name in ("lm", "flow", "vocoder"))
+    train_cosyvoice_lm.main(["--pretrained", str(whole), "--output_dir", str(lm), *tokens])
+    speaker = str(recipes / "cosyvoice_flow" / "speaker.yaml")
+    # The tiny vocoder makes 100 frames a second, the tiny flow 50.
+    frames = ("--data.feature_extractor", '{"hop_length": 480}', "--min_frames", "1")
+    train_flow.main([speaker, "--model.pretrained", str(whole), "--output_dir", str(flow), *frames, *tokens])
+    train_vocoder.main(
+        [
+            *(str(recipes / "cosyvoice_hift" / "finetune.yaml"), "--pretrained", str(whole), *same),
+            *("--output_dir", str(vocoder), "--data.train", f"[{manifest.name}]", "--data.validation", "[]"),
+            *("--crop_frames", "8", "--discriminators", "[]", "--eval_steps", "0", "--save_steps", "0"),
+            *("--batch_size", "2", "--fold_weight_norm", "false", "--mixed_precision", "no"),
+        ]
+    )
+    assemble_cosyvoice.main(
+        [
+            *(str(tmp_path / "new"), "--base", str(whole), "--lm", str(lm), "--flow", str(flow)),
+            *("--vocoder", str(vocoder)),
+        ]
+    )
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, tmp_path / "new"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    found = CosyVoiceMelFeatureExtractor.from_pretrained(vocoder)
+    assert found.hop_length == AutoProcessor.from_pretrained(whole).feature_extractor.hop_length

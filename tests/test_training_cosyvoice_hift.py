@@ -202,7 +202,7 @@ def test_loss_falls(data, tmp_path):
 @pytest.mark.parametrize("name", ["kerstin", "finetune"])
 def test_recipes_are_readable(name):
     from hf_speechllm.train.gan_trainer import GanTrainingArguments
-    from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.run_config import ModelArguments, load_run_config
 
     run = load_run_config(
         ROOT / "training" / "recipes" / "cosyvoice_hift" / f"{name}.yaml", kind=train_vocoder.VocoderRun
@@ -211,4 +211,4 @@ def test_recipes_are_readable(name):
     assert build_discriminators(run.vocoder.discriminators, 16)
     if run.model.config:
         model = train_vocoder.build_vocoder(run.model)
-        assert train_vocoder.build_extractor(model, None, {}).fft_length == 1920
+        assert train_vocoder.build_extractor(model, ModelArguments(), {}).fft_length == 1920

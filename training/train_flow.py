@@ -37,7 +37,8 @@ class FlowModelArguments:
     """The flow.
 
     Args:
-        pretrained (`str`, *optional*): folder or Hub id to start from; without it a new model of `config` is made.
+        pretrained (`str`, *optional*): folder or Hub id to start from, of a flow or of a complete CosyVoice; without
+            it a new model of `config` is made.
         model_type (`str`): of a new model: `"cosyvoice_flow"`, `"cosyvoice2_flow"` or `"cosyvoice3_flow"`.
         config (`dict`): fields of the configuration. With `pretrained` they override its own.
         freeze (`list[str]`): regular expressions of parameters that are not trained.
@@ -94,25 +95,34 @@ def build_model(arguments: FlowModelArguments) -> "TokenToMelModel":
     """
     from transformers import AutoConfig, AutoModel
 
+    from hf_speechllm.train.cosyvoice_parts import is_complete_cosyvoice, load_cosyvoice_part
+
     if arguments.pretrained is None:
         if arguments.model_type not in MELS:
             raise ValueError(f"model_type: expected one of {sorted(MELS)}, found {arguments.model_type!r}")
         return AutoModel.from_config(AutoConfig.for_model(arguments.model_type, **arguments.config))
     trust = {"trust_remote_code": arguments.trust_remote_code}
+    if is_complete_cosyvoice(arguments.pretrained, arguments.trust_remote_code):
+        return load_cosyvoice_part(arguments.pretrained, "flow", arguments.config, **trust)
     config = AutoConfig.from_pretrained(arguments.pretrained, **trust, **arguments.config)
     if config.model_type not in MELS:
-        raise ValueError(f"model.pretrained: expected one of {sorted(MELS)}, found {config.model_type!r}")
+        expected = sorted([*MELS, "cosyvoice"])
+        raise ValueError(f"model.pretrained: expected one of {expected}, found {config.model_type!r}")
     return AutoModel.from_pretrained(arguments.pretrained, config=config, **trust)
 
 
-def build_extractor(model: "TokenToMelModel", arguments: FlowDataArguments) -> "CosyVoiceMelFeatureExtractor":
-    """The mel of the model's version."""
+def build_extractor(
+    model: "TokenToMelModel", arguments: FlowModelArguments, fields: dict[str, Any]
+) -> "CosyVoiceMelFeatureExtractor":
+    """The mel of the complete CosyVoice that the model is from, or that of the model's version; with these fields in
+    place of its own."""
     from hf_speechllm.models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
+    from hf_speechllm.train.cosyvoice_parts import cosyvoice_mel_fields, is_complete_cosyvoice
 
-    config = model.config
-    return CosyVoiceMelFeatureExtractor(
-        **{"feature_size": config.num_mel_bins, **MELS[config.model_type], **arguments.feature_extractor}
-    )
+    own = {"feature_size": model.config.num_mel_bins, **MELS[model.config.model_type]}
+    if is_complete_cosyvoice(arguments.pretrained, arguments.trust_remote_code):
+        own = cosyvoice_mel_fields(arguments.pretrained, arguments.trust_remote_code)
+    return CosyVoiceMelFeatureExtractor(**own | fields)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -139,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.seed)
 
     model = build_model(run.model)
-    extractor = build_extractor(model, run.data)
+    extractor = build_extractor(model, run.model, run.data.feature_extractor)
     version_1 = model.config.model_type == "cosyvoice_flow"
     ratio = None if version_1 else model.config.token_mel_ratio
 

@@ -5,11 +5,12 @@
         --data_dir DATA --output_dir RUN --resume true
 
 One YAML file describes one run; `--key value` overrides it. Groups: `model` (its `config` holds fields of
-`CosyVoiceHiftConfig` or `CosyVoice3HiftConfig`, or `pretrained` names a vocoder to start from), `data` (sources as in
-`train_asr.py`; their text is not used; `feature_extractor` holds arguments of `CosyVoiceMelFeatureExtractor`),
-`vocoder` (`VocoderArguments` below), `training` (`GanTrainingArguments`). Spectrograms and pitch are computed from the
-recordings while training. `--resume true` goes on from the newest complete checkpoint, discriminators included. The
-folder `output_dir` receives checkpoints, `log.jsonl` and, at its top level, the model that is done and its extractor.
+`CosyVoiceHiftConfig` or `CosyVoice3HiftConfig`, or `pretrained` names a vocoder or a complete CosyVoice to start
+from), `data` (sources as in `train_asr.py`; their text is not used; `feature_extractor` holds arguments of
+`CosyVoiceMelFeatureExtractor`), `vocoder` (`VocoderArguments` below), `training` (`GanTrainingArguments`).
+Spectrograms and pitch are computed from the recordings while training. `--resume true` goes on from the newest
+complete checkpoint, discriminators included. The folder `output_dir` receives checkpoints, `log.jsonl` and, at its
+top level, the model that is done and its extractor.
 """
 
 import dataclasses
@@ -82,11 +83,17 @@ def build_vocoder(model: ModelArguments) -> "CosyVoiceHiftModel":
     if model.pretrained is not None:
         from transformers import AutoModel
 
-        vocoder = AutoModel.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
+        from hf_speechllm.train.cosyvoice_parts import is_complete_cosyvoice, load_cosyvoice_part
+
+        trust = {"trust_remote_code": model.trust_remote_code}
+        if is_complete_cosyvoice(model.pretrained, **trust):
+            vocoder = load_cosyvoice_part(model.pretrained, "vocoder", {}, **trust)
+        else:
+            vocoder = AutoModel.from_pretrained(model.pretrained, **trust)
         if vocoder.config.model_type not in kinds:
-            raise ValueError(
-                f"{model.pretrained}: model_type: expected one of {sorted(kinds)}, found {vocoder.config.model_type!r}"
-            )
+            expected = sorted([*kinds, "cosyvoice"])
+            found = vocoder.config.model_type
+            raise ValueError(f"{model.pretrained}: model_type: expected one of {expected}, found {found!r}")
         vocoder.apply_weight_norm()
         return vocoder
     # The default of `ModelArguments` is a recogniser's.
@@ -98,18 +105,22 @@ def build_vocoder(model: ModelArguments) -> "CosyVoiceHiftModel":
 
 
 def build_extractor(
-    model: "CosyVoiceHiftModel", pretrained: str | None, fields: dict[str, Any]
+    model: "CosyVoiceHiftModel", arguments: ModelArguments, fields: dict[str, Any]
 ) -> "CosyVoiceMelFeatureExtractor":
-    """The extractor of a pretrained vocoder, or one of these fields that fits the model.
+    """The extractor of a pretrained vocoder or a complete CosyVoice, or one of these fields that fits the model.
 
     Raises:
         ValueError: an extractor whose spectrograms are not the model's.
     """
     from hf_speechllm.models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
+    from hf_speechllm.train.cosyvoice_parts import cosyvoice_mel_fields, is_complete_cosyvoice
 
     config = model.config
-    if pretrained is not None and not fields:
-        extractor = CosyVoiceMelFeatureExtractor.from_pretrained(pretrained)
+    if is_complete_cosyvoice(arguments.pretrained, arguments.trust_remote_code):
+        own = cosyvoice_mel_fields(arguments.pretrained, arguments.trust_remote_code)
+        extractor = CosyVoiceMelFeatureExtractor(**own | fields)
+    elif arguments.pretrained is not None and not fields:
+        extractor = CosyVoiceMelFeatureExtractor.from_pretrained(arguments.pretrained)
     else:
         hop = config.hop_length
         defaults = {"feature_size": config.num_mel_bins, "sampling_rate": config.sampling_rate, "hop_length": hop}
@@ -152,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
 
     model = build_vocoder(run.model)
     config = model.config
-    extractor = build_extractor(model, run.model.pretrained, run.data.feature_extractor)
+    extractor = build_extractor(model, run.model, run.data.feature_extractor)
     step = VocoderStep(extractor, options.lowest_f0, options.highest_f0)
     train_set = WaveformCropDataset(
         read_sources(run.data.train, run.data.data_dir),

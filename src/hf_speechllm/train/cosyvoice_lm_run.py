@@ -37,6 +37,7 @@ from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
 from hf_speechllm.models.configuration_cosyvoice_transformer_lm import CosyVoiceTransformerLmConfig
 from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
 from hf_speechllm.models.modeling_cosyvoice_transformer_lm import CosyVoiceTransformerLm
+from hf_speechllm.train.cosyvoice_parts import is_complete_cosyvoice, load_cosyvoice_part
 from hf_speechllm.train.lora import freeze
 from hf_speechllm.train.run_config import RunConfigError
 from hf_speechllm.train.text_tokenizer import train_byte_bpe
@@ -53,7 +54,8 @@ class SpeechLmModelArguments:
     """The language model.
 
     Args:
-        pretrained (`str`, *optional*): folder or Hub id of a converted or trained language model with its tokenizer.
+        pretrained (`str`, *optional*): folder or Hub id of a converted or trained language model with its tokenizer,
+            or of a complete CosyVoice.
         tokenizer (`str`, *optional*): folder of the text tokenizer; by default that in `pretrained` or `backbone`.
         backbone (`str`, *optional*): without `pretrained`: a Qwen2 that text and layers are taken from.
         model_type (`str`): of a new model: `"cosyvoice_lm"` (versions 2 and 3) or `"cosyvoice_transformer_lm"` (1).
@@ -146,11 +148,15 @@ def load_speech_lm(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     if arguments.pretrained is not None:
-        config = AutoConfig.from_pretrained(arguments.pretrained, **trust, **arguments.config)
-        if config.model_type not in MODEL_TYPES:
-            raise RunConfigError(f"model.pretrained: expected one of {MODEL_TYPES}, found {config.model_type!r}")
-        auto = AutoModelForCausalLM if config.model_type == "cosyvoice_lm" else AutoModel
-        model = auto.from_pretrained(arguments.pretrained, config=config, **trust, **options)
+        if is_complete_cosyvoice(arguments.pretrained, **trust):
+            model = load_cosyvoice_part(arguments.pretrained, "lm", arguments.config, **trust, **options)
+        else:
+            config = AutoConfig.from_pretrained(arguments.pretrained, **trust, **arguments.config)
+            if config.model_type not in MODEL_TYPES:
+                expected = (*MODEL_TYPES, "cosyvoice")
+                raise RunConfigError(f"model.pretrained: expected one of {expected}, found {config.model_type!r}")
+            auto = AutoModelForCausalLM if config.model_type == "cosyvoice_lm" else AutoModel
+            model = auto.from_pretrained(arguments.pretrained, config=config, **trust, **options)
     else:
         model = new_speech_lm(arguments, tokenizer, options)
     if len(tokenizer) > model.config.text_vocab_size:
