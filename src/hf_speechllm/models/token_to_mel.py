@@ -211,12 +211,14 @@ class TokenToMelModel(PreTrainedModel):
         streaming: bool = False,
         caches: list[CausalCache] | None = None,
         times: list[Tensor] | None = None,
+        num_left_chunks: int = -1,
     ) -> Tensor:
         """From noise to mel with guidance, `(b, t, m)` float32.
 
         Args:
             noise, conditions, prompt (`(b, t, m)`), speaker (`(b, m)`), mask (`(b, t)` or `None`).
-            streaming: the attention sees chunks. caches: of every Euler step, for a piece of a stream.
+            streaming: the attention sees chunks, `num_left_chunks` before its own (negative: all).
+            caches: of every Euler step, for a piece of a stream.
             times: what [`embed_schedule`] gives for `num_steps`, if it is at hand.
         """
         guidance = self.config.guidance_scale
@@ -236,7 +238,9 @@ class TokenToMelModel(PreTrainedModel):
                 sample = torch.cat([sample, sample])
             at_time = [layer[number : number + 1] for layer in times]
             cache = None if caches is None else caches[number]
-            return self.estimator(sample, conditions, speaker, prompt, at_time, mask, streaming, cache)
+            return self.estimator(
+                sample, conditions, speaker, prompt, at_time, mask, streaming, cache, num_left_chunks
+            )
 
         return euler_solve(velocity, noise, steps, guidance)
 
