@@ -151,6 +151,23 @@ def test_rows_that_have_ended_leave(models, processors):
     assert sizes[0] == 4 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
 
 
+def test_a_refused_request_leaves_nothing_behind(models, processors):
+    model, processor, rows = models[2], processors[2], mixed(2)
+    good = together(processor, rows[1:2])
+    batch, heard = SpeechStreamBatch(model, **LIMITS, **STEPS), []
+    batch.add(good, [seeded(1)])
+    request = {"input_ids": torch.ones(1, 3).long(), "speaker_embedding": torch.ones(1, 192)}
+    # One is refused by the flow, where the language model has taken it; the other by the language model.
+    unread = {"prompt_speech_ids": torch.full((1, 9), 99), "lm_reads_prompt_speech": torch.zeros(1)}
+    for broken in (unread, {"input_ids": torch.full((1, 3), 999)}):
+        with pytest.raises(ValueError, match="ids: expected"):
+            batch.add({**request, **broken})
+    while len(batch):
+        heard += [piece.waveform for piece in batch.step().values()]
+    expected = alone(model, processor, rows[1], 1, **LIMITS, **STEPS)
+    torch.testing.assert_close(torch.cat(heard), expected, atol=1e-5, rtol=0)
+
+
 def test_what_a_batch_refuses(models, processors):
     model, processor = models[2], processors[2]
     inputs = together(processor, mixed(2)[1:3])

@@ -147,10 +147,14 @@ class TokenToMelModel(PreTrainedModel):
         Raises:
             ValueError: an id that the model does not have.
         """
-        if token_ids.numel() and int(token_ids.max()) >= self.config.vocab_size:
-            raise ValueError(f"speech token ids: expected below {self.config.vocab_size}, got {int(token_ids.max())}")
+        self.check_token_ids(token_ids)
         embedded = self.embed_tokens(token_ids.clamp(min=0))
         return embedded if mask is None else embedded * mask[..., None].to(embedded.dtype)
+
+    def check_token_ids(self, token_ids: Tensor) -> None:
+        """Raises `ValueError` for an id that the model does not have."""
+        if token_ids.numel() and int(token_ids.max()) >= self.config.vocab_size:
+            raise ValueError(f"speech token ids: expected below {self.config.vocab_size}, got {int(token_ids.max())}")
 
     def read_inputs(
         self,

@@ -347,8 +347,8 @@ class CausalTokenToMelModel(TokenToMelModel):
                 Every key is rounded before it is seen, so that it does not matter how the tokens are cut.
 
         Raises:
-            ValueError: shapes that do not fit, a type that is not floating, or a network that is not the same piece
-                by piece.
+            ValueError: shapes that do not fit, ids that the model does not have, a type that is not floating, or a
+                network that is not the same piece by piece.
         """
         batch = speaker_embedding.shape[0]
         no_tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -361,6 +361,8 @@ class CausalTokenToMelModel(TokenToMelModel):
             raise ValueError(f"cache_dtype: expected a floating type, got {cache_dtype}")
         if noise is not None or generator is not None:
             noise = self._noise(noise, generator, batch, _STREAM_NOISE_FRAMES if noise is None else 0)
+        # Tokens that wait for the rest of their chunk are read with a later piece, in which nobody expects an error.
+        self.check_token_ids(inputs.prompt_ids * length_mask(inputs.prompt_lengths, inputs.prompt_ids.shape[1]))
         rows = 2 * batch if self.config.guidance_scale else batch
         state = CausalMelStream(
             speaker=inputs.speaker,

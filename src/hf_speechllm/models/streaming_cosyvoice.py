@@ -164,14 +164,21 @@ class SpeechStreamBatch:
                 raise ValueError(f"{name}: expected {count} rows, got {len(value)}")
         for_lm, for_flow, for_vocoder = _generators_of_rows(generator, count)
         prompt = self.model.read_prompt(count, **{name: inputs.get(name) for name in _PROMPT_INPUTS})
-        handles = list(range(self._handles, self._handles + count))
+        handles, answers = list(range(self._handles, self._handles + count)), []
         if inputs.get("source_features") is not None:
             tokens, mask = self.model.encode_speech(inputs["source_features"], inputs["source_features_mask"])
             rows = [_Row(ids[real.bool()].tolist(), is_complete=True) for ids, real in zip(tokens, mask, strict=True)]
         else:
             rows = [_Row() for _ in handles]
-            self._of_answer |= dict(zip(self._ask(inputs, prompt, for_lm), handles, strict=True))
-        self._sound.add(handles, prompt, for_flow, for_vocoder)
+            answers = self._ask(inputs, prompt, for_lm)
+        try:
+            self._sound.add(handles, prompt, for_flow, for_vocoder)
+        except ValueError:
+            # A request that is refused leaves nothing behind.
+            for answer in answers:
+                self._lm.remove(answer)
+            raise
+        self._of_answer |= dict(zip(answers, handles, strict=False))
         self._handles += count
         self._rows |= dict(zip(handles, rows, strict=True))
         return handles
