@@ -11,126 +11,27 @@ its own loop, against what the caches leave to do. Every comparison checks first
 """
 
 import argparse
-import logging
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cosyvoice_peer import FLOWS, build_flow, import_peer
 from timing import HEADER, Comparison, compare
 from torch import Tensor, nn
 
 from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, unpack_linear_weights
 from hf_speechllm.models.causal_token_to_mel import CausalTokenToMelModel
-from hf_speechllm.models.configuration_cosyvoice2_flow import CosyVoice2FlowConfig
-from hf_speechllm.models.configuration_cosyvoice3_flow import CosyVoice3FlowConfig
-from hf_speechllm.models.configuration_cosyvoice_flow import CosyVoiceFlowConfig
-from hf_speechllm.models.modeling_cosyvoice2_flow import CosyVoice2FlowModel
-from hf_speechllm.models.modeling_cosyvoice3_flow import CosyVoice3FlowModel
 from hf_speechllm.models.modeling_cosyvoice_flow import CosyVoiceFlowModel
 from hf_speechllm.models.token_to_mel import TokenToMelModel
 
 
-CONVERSION = Path(__file__).resolve().parents[1] / "conversion"
-CLASSES = {
-    1: (CosyVoiceFlowConfig, CosyVoiceFlowModel),
-    2: (CosyVoice2FlowConfig, CosyVoice2FlowModel),
-    3: (CosyVoice3FlowConfig, CosyVoice3FlowModel),
-}
 # Seconds of the voice prompt, of a sentence, of four sentences, and of a stream.
 SECONDS = {"prompt": 3.0, "sentence": 8.0, "four": (3.0, 5.0, 6.0, 9.0), "stream": 20.0}
 TINY_SECONDS = {"prompt": 0.4, "sentence": 0.4, "four": (0.2, 0.4, 0.3, 0.5), "stream": 2.2}
 # Upstream's stream: pieces of 25 tokens, then twice as many each time, up to 100.
 FIRST_HOP, LONGEST_HOP = 25, 100
 TOLERANCE = 1e-3
-
-
-def import_peer(cosyvoice: Path, matcha: Path) -> None:
-    """Put the checkouts on the path. `matcha.utils` imports its trainer, of which only a logger is needed here."""
-    for checkout, name in ((cosyvoice, "cosyvoice/flow/flow.py"), (matcha, "matcha/models/components/decoder.py")):
-        if not (checkout / name).is_file():
-            raise SystemExit(f"{checkout}: not the checkout that is meant (no {name})")
-    utils, logger = types.ModuleType("matcha.utils"), types.ModuleType("matcha.utils.pylogger")
-    utils.__path__ = []
-    logger.get_pylogger = logging.getLogger
-    sys.modules |= {"matcha.utils": utils, "matcha.utils.pylogger": logger}
-    sys.path[:0] = [str(cosyvoice), str(matcha)]
-    logging.disable(logging.INFO)
-
-
-def peer_flow(version: int) -> nn.Module:
-    """Upstream's flow at its published size, as the recipes' yaml files build it."""
-    from cosyvoice.flow.decoder import CausalConditionalDecoder, ConditionalDecoder
-    from cosyvoice.flow.DiT.dit import DiT
-    from cosyvoice.flow.flow import CausalMaskedDiffWithDiT, CausalMaskedDiffWithXvec, MaskedDiffWithXvec
-    from cosyvoice.flow.flow_matching import CausalConditionalCFM, ConditionalCFM
-    from cosyvoice.flow.length_regulator import InterpolateRegulator
-    from cosyvoice.transformer.encoder import ConformerEncoder
-    from cosyvoice.transformer.upsample_encoder import PreLookaheadLayer, UpsampleConformerEncoder
-    from omegaconf import DictConfig
-
-    matching = {
-        "in_channels": 240,
-        "n_spks": 1,
-        "spk_emb_dim": 80,
-        "cfm_params": DictConfig(
-            {
-                "sigma_min": 1e-6,
-                "solver": "euler",
-                "t_scheduler": "cosine",
-                "training_cfg_rate": 0.2,
-                "inference_cfg_rate": 0.7,
-                "reg_loss_type": "l1",
-            }
-        ),
-    }
-    encoder = {
-        "input_size": 512,
-        "output_size": 512,
-        "attention_heads": 8,
-        "linear_units": 2048,
-        "num_blocks": 6,
-        "attention_dropout_rate": 0.1,
-        "input_layer": "linear",
-        "pos_enc_layer_type": "rel_pos_espnet",
-        "use_cnn_module": False,
-        "macaron_style": False,
-    }
-    unet = {"in_channels": 320, "out_channels": 80, "n_blocks": 4, "num_mid_blocks": 12, "num_heads": 8}
-    unet |= {"dropout": 0.0, "act_fn": "gelu"}
-    if version == 1:
-        return MaskedDiffWithXvec(
-            vocab_size=4096,
-            input_frame_rate=50,
-            encoder=ConformerEncoder(**encoder),
-            length_regulator=InterpolateRegulator(channels=80, sampling_ratios=[1, 1, 1, 1]),
-            decoder=ConditionalCFM(**matching, estimator=ConditionalDecoder(**unet, channels=[256, 256])),
-        )
-    if version == 2:
-        return CausalMaskedDiffWithXvec(
-            vocab_size=6561,
-            input_frame_rate=25,
-            encoder=UpsampleConformerEncoder(**encoder, static_chunk_size=25),
-            decoder=CausalConditionalCFM(
-                **matching,
-                estimator=CausalConditionalDecoder(
-                    **unet, channels=[256], static_chunk_size=50, num_decoding_left_chunks=-1
-                ),
-            ),
-        )
-    dit = {"dim": 1024, "depth": 22, "heads": 16, "dim_head": 64, "ff_mult": 2, "mu_dim": 80, "spk_dim": 80}
-    return CausalMaskedDiffWithDiT(
-        input_size=80,
-        vocab_size=6561,
-        input_frame_rate=25,
-        pre_lookahead_layer=PreLookaheadLayer(in_channels=80, channels=1024, pre_lookahead_len=3),
-        decoder=CausalConditionalCFM(
-            **matching,
-            estimator=DiT(**dit, out_channels=80, static_chunk_size=50, num_decoding_left_chunks=-1),
-        ),
-    )
 
 
 @dataclass
@@ -255,15 +156,7 @@ def check_equal(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 def compare_flow(version: int, seconds: dict, runs: int, report: Callable[[Comparison], None]) -> None:
     """All comparisons of one version."""
-    # In front of this folder, where a file of the same name lies.
-    sys.path.insert(0, str(CONVERSION))
-    from cosyvoice_flow import convert_weights
-
-    torch.manual_seed(0)
-    peer = peer_flow(version).eval()
-    config_class, model_class = CLASSES[version]
-    model = model_class(config_class()).eval()
-    model.load_state_dict(convert_weights(peer.state_dict(), model.config, Path("peer")))
+    peer, model = build_flow(version)
     prompt = seconds["prompt"]
     one = make_sentence(model, seconds["sentence"], prompt, seed=0)
     check_equal(run_ours(model, [one])[0], run_peer(peer, one), f"version {version}")
@@ -324,13 +217,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cosyvoice", type=Path, required=True, help="checkout of FunAudioLLM/CosyVoice")
     parser.add_argument("--matcha", type=Path, required=True, help="checkout of shivammehta25/Matcha-TTS")
-    parser.add_argument("--versions", type=int, nargs="+", choices=sorted(CLASSES), default=sorted(CLASSES))
+    parser.add_argument("--dependencies", type=Path, help="folder with the packages that their imports need")
+    parser.add_argument("--versions", type=int, nargs="+", choices=sorted(FLOWS), default=sorted(FLOWS))
     parser.add_argument("--runs", type=int, default=3, help="of both sides, after one to warm up")
     parser.add_argument("--tiny", action="store_true", help="seconds of audio, to see that it runs")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    import_peer(arguments.cosyvoice, arguments.matcha)
+    import_peer(arguments.cosyvoice, arguments.matcha, arguments.dependencies)
 
     def report(text: str) -> None:
         print(text, flush=True)

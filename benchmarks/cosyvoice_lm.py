@@ -13,100 +13,22 @@ since then refuse or misread; the peer here passes none, with the same meaning.
 
 import argparse
 import json
-import sys
 import time
-import types
 from functools import partial
 from pathlib import Path
 
 import torch
+from cosyvoice_peer import PUBLISHED_LM, TINY_LM, import_peer, ours_lm, peer_lm
 from timing import HEADER, Comparison, compare
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "conversion"))
-
-from cosyvoice_lm import convert_weights  # noqa: E402
-
-from hf_speechllm.cpu_inference import pack_linear_weights, unpack_linear_weights  # noqa: E402
-from hf_speechllm.cpu_int8 import quantize_linear_weights  # noqa: E402
-from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig  # noqa: E402
-from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM  # noqa: E402
-from hf_speechllm.models.ras_sampling import RasSettings  # noqa: E402
+from hf_speechllm.cpu_inference import pack_linear_weights, unpack_linear_weights
+from hf_speechllm.cpu_int8 import quantize_linear_weights
+from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
+from hf_speechllm.models.ras_sampling import RasSettings
 
 
 WORDS, PROMPT_SPEECH = 20, 50
-TINY = {
-    "vocab_size": 640,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-PUBLISHED = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-}
 GREEDY = RasSettings(top_k=1, threshold=1.1)
-
-
-def import_upstream(checkout: Path, dependencies: Path | None) -> types.ModuleType:
-    """`cosyvoice.llm.llm`, `ras_sampling` included."""
-    sys.path[:0] = [str(path) for path in (dependencies, checkout, checkout / "third_party" / "Matcha-TTS") if path]
-    import cosyvoice.llm.llm as upstream
-
-    return upstream
-
-
-def build_peer(upstream: types.ModuleType, sizes: dict[str, int], speech_size: int) -> torch.nn.Module:
-    """Upstream's `Qwen2LM` with random weights."""
-    config = Qwen2Config(
-        **sizes,
-        tie_word_embeddings=True,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-    )
-
-    class Encoder(upstream.Qwen2Encoder):
-        def __init__(self) -> None:
-            torch.nn.Module.__init__(self)
-            self.model = Qwen2ForCausalLM(config)
-
-        def forward_one_step(self, xs, masks, cache=None):
-            outputs = self.model(inputs_embeds=xs, output_hidden_states=True, use_cache=True, past_key_values=cache)
-            return outputs.hidden_states[-1], outputs.past_key_values
-
-    from cosyvoice.utils.common import ras_sampling
-
-    size = sizes["hidden_size"]
-    torch.manual_seed(0)
-    return upstream.Qwen2LM(size, size, speech_size, Encoder(), ras_sampling).eval()
-
-
-def build_ours(peer: torch.nn.Module, sizes: dict[str, int], speech_size: int) -> CosyVoiceLmForCausalLM:
-    """Our model with the peer's weights, shared as far as their layout is the same."""
-    fields = {name: value for name, value in sizes.items() if name != "vocab_size"}
-    config = CosyVoiceLmConfig(
-        version=2,
-        text_vocab_size=sizes["vocab_size"],
-        speech_vocab_size=speech_size,
-        max_position_embeddings=32768,
-        pad_token_id=0,
-        **fields,
-    )
-    weights = convert_weights(dict(peer.state_dict()), config, Path("the peer's weights"))
-    with torch.device("meta"):
-        model = CosyVoiceLmForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
-    # Inverse frequencies are no weights.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
 
 
 def sentences(count: int, text_size: int, speech_size: int) -> list[dict[str, torch.Tensor]]:
@@ -225,9 +147,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of 0.2 M parameters, to try the script")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, speech_size = (TINY, 200) if arguments.tiny else (PUBLISHED, 6561)
-    peer = build_peer(import_upstream(arguments.cosyvoice, arguments.dependencies), sizes, speech_size)
-    model = build_ours(peer, sizes, speech_size)
+    import_peer(arguments.cosyvoice, None, arguments.dependencies)
+    sizes, speech_size = (TINY_LM, 200) if arguments.tiny else (PUBLISHED_LM, 6561)
+    peer = peer_lm(2, sizes, speech_size)
+    model = ours_lm(2, peer, sizes, speech_size)
     print(HEADER)
     for count, goal in ((1, ">= 1.3"), (8, ">= 3")):
         rows = sentences(count, sizes["vocab_size"], speech_size)

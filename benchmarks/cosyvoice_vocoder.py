@@ -11,38 +11,17 @@ same, a stream that it is the waveform of one pass. `--tiny` shortens everything
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from cosyvoice_flow import import_peer
+from cosyvoice_peer import build_vocoder, import_peer
 from timing import HEADER, Comparison, compare
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_speechllm.models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
-from hf_speechllm.models.configuration_cosyvoice_hift import CosyVoiceHiftConfig
-from hf_speechllm.models.modeling_cosyvoice3_hift import CosyVoice3HiftModel
 from hf_speechllm.models.modeling_cosyvoice_hift import CosyVoiceHiftModel
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
-from cosyvoice_hift import convert_weights  # noqa: E402
-
-
-SHAPES: dict[int, dict] = {
-    1: {
-        "sampling_rate": 22050,
-        "phase_interpolation": "sample",
-        "upsample_rates": [8, 8],
-        "upsample_kernel_sizes": [16, 16],
-        "source_resblock_kernel_sizes": [7, 11],
-        "source_resblock_dilation_sizes": [[1, 3, 5]] * 2,
-        "overlap_frames": 20,
-    },
-    2: {},
-    3: {},
-}
 # Seconds of a sentence, of four sentences, and of a stream.
 SECONDS = {"sentence": 8.0, "four": (3.0, 5.0, 6.0, 9.0), "stream": 20.0}
 TINY_SECONDS = {"sentence": 0.5, "four": (0.3, 0.5, 0.4, 0.6), "stream": 1.5}
@@ -50,32 +29,6 @@ TINY_SECONDS = {"sentence": 0.5, "four": (0.3, 0.5, 0.4, 0.6), "stream": 1.5}
 PIECE_SECONDS = {1: (2.0, 2.0, 2.0), 2: (1.0, 2.0, 4.0), 3: (1.0, 2.0, 4.0)}
 TOLERANCE = 2e-3
 STREAM_TOLERANCE = 1e-4
-
-
-def build_pair(version: int) -> tuple[nn.Module, CosyVoiceHiftModel]:
-    """Upstream's vocoder at its published size, and ours with its weights."""
-    from cosyvoice.hifigan.f0_predictor import CausalConvRNNF0Predictor, ConvRNNF0Predictor
-    from cosyvoice.hifigan.generator import CausalHiFTGenerator, HiFTGenerator
-
-    causal = version == 3
-    config = (CosyVoice3HiftConfig if causal else CosyVoiceHiftConfig)(**SHAPES[version])
-    torch.manual_seed(0)
-    predictor = (CausalConvRNNF0Predictor if causal else ConvRNNF0Predictor)(1, 80, config.f0_hidden_size)
-    peer = (CausalHiFTGenerator if causal else HiFTGenerator)(
-        sampling_rate=config.sampling_rate,
-        upsample_rates=config.upsample_rates,
-        upsample_kernel_sizes=config.upsample_kernel_sizes,
-        source_resblock_kernel_sizes=config.source_resblock_kernel_sizes,
-        source_resblock_dilation_sizes=config.source_resblock_dilation_sizes,
-        f0_predictor=predictor,
-    ).eval()
-    with torch.no_grad():
-        # A voice about 200 Hz.
-        predictor.classifier.bias.fill_(200.0)
-        predictor.classifier.weight.mul_(100.0)
-    ours = (CosyVoice3HiftModel if causal else CosyVoiceHiftModel)(config).eval()
-    ours.load_state_dict(convert_weights(peer.state_dict(), config, Path("hift.pt")))
-    return peer, ours
 
 
 def make_mel(seconds: float, model: CosyVoiceHiftModel, seed: int = 0) -> Tensor:
@@ -207,19 +160,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cosyvoice", type=Path, required=True, help="checkout of FunAudioLLM/CosyVoice")
     parser.add_argument("--matcha", type=Path, required=True, help="checkout of Matcha-TTS")
+    parser.add_argument("--dependencies", type=Path, help="folder with the packages that their imports need")
     parser.add_argument("--versions", type=int, nargs="+", choices=[1, 2, 3], default=[1, 2, 3])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a fraction of the audio, to see that it runs")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    import_peer(arguments.cosyvoice, arguments.matcha)
+    import_peer(arguments.cosyvoice, arguments.matcha, arguments.dependencies)
     lines = [HEADER]
     print(HEADER, flush=True)
     seconds = TINY_SECONDS if arguments.tiny else SECONDS
     with torch.inference_mode():
         for version in arguments.versions:
-            peer, ours = build_pair(version)
+            peer, ours = build_vocoder(version)
             results = offline(version, peer, ours, seconds, arguments.runs)
             for result in [*results, streaming(version, peer, ours, seconds, arguments.runs)]:
                 print(result.row(), flush=True)

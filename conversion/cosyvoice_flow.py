@@ -114,7 +114,7 @@ DIT_KEYS: KeyTable = {
     "dropout": ("estimator_dropout", "rate", 0.1),
     "static_chunk_size": ("estimator_chunk_size", "size", 50),
 }
-# Read by nothing: the attention always sees everything on its left.
+# Read by nothing: upstream gives its masks -1, so that the attention sees everything on its left whatever a yaml says.
 ESTIMATOR_IGNORED = {"num_decoding_left_chunks"}
 
 CFM_KEYS: KeyTable = {

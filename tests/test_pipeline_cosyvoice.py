@@ -87,6 +87,24 @@ def test_stream_gives_the_same_audio(speak):
     assert list(speak.stream("", **options)) == []
 
 
+def test_several_texts_stream_together(speak, monkeypatch):
+    """Each is what it is alone, sentence by sentence, whatever its length."""
+    monkeypatch.setattr(
+        speak.processor, "split_text", lambda text, normalize: [part for part in text.split("|") if part]
+    )
+    options = {"speaker": "tone", "seed": 5, **LIMITS}
+    texts = ["hello|and you", "", {"text": "why", "speaker": "tone", "mode": "cross_lingual"}]
+    pieces = list(speak.stream_batch(texts, **options))
+    assert all(len(row) == 3 and any(len(piece) for piece in row) for row in pieces)
+    for number, text in enumerate(texts):
+        alone = np.concatenate([np.zeros(0, dtype=np.float32), *speak.stream(text, **options)])
+        together = np.concatenate([row[number] for row in pieces])
+        assert together.shape == alone.shape
+        np.testing.assert_allclose(together, alone, atol=1e-5)
+    with pytest.raises(ValueError, match="compatibility: expected the same for all texts"):
+        next(speak.stream_batch(["a", {"text": "b", "compatibility": "upstream"}], **options))
+
+
 def test_speed(speak):
     options = {"speaker": "tone", "seed": 1, "do_sample": False, **LIMITS}
     slow, fast = (speak("hello", speed=speed, **options)["audio"] for speed in (1.0, 2.0))

@@ -149,6 +149,7 @@ class DiffusionTransformer(nn.Module):
         mask: Tensor | None = None,
         streaming: bool = False,
         cache: CausalCache | None = None,
+        num_left_chunks: int = -1,
     ) -> Tensor:
         """As [`UNet1d.forward`], but what is returned for padded frames means nothing."""
         num_frames, device = noisy.shape[1], noisy.device
@@ -156,7 +157,7 @@ class DiffusionTransformer(nn.Module):
         hidden = self.input(torch.cat([noisy, prompt, conditions, speaker], dim=2), cache)
         if cache is None:
             chunk_size = self.chunk_size if streaming else 0
-            visible = attention_visibility(num_frames, mask, chunk_size, device)
+            visible = attention_visibility(num_frames, mask, chunk_size, device, num_left_chunks)
             rotation = self._rotation([0], num_frames, device)
         else:
             visible = cache.visible

@@ -5,6 +5,7 @@ Paper: https://arxiv.org/abs/2412.10117. Upstream: `CausalMaskedDiffWithXvec` in
 Shape legend: `b` batch, `n` tokens, `t` frames, `m` mel bins, `c` channels. In every mask 1 = real.
 """
 
+import torch
 from torch import Tensor, nn
 
 from .causal_cache import CausalCache
@@ -33,15 +34,20 @@ class CosyVoice2FlowModel(CausalTokenToMelModel):
         return any(module is part for part in self.estimator.modules())
 
     def encode(
-        self, token_ids: Tensor, mask: Tensor | None, streaming: bool = False, num_following: int = 0
+        self,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        streaming: bool = False,
+        num_following: int = 0,
+        num_left_chunks: int = -1,
     ) -> tuple[Tensor, Tensor | None]:
         """`(b, n)` ids → what the encoder says, `(b, t, c)`, and its mask. See [`UpsamplingEncoder.forward`]."""
-        return self.encoder(self.embed_speech(token_ids, mask), mask, streaming, num_following)
+        return self.encoder(self.embed_speech(token_ids, mask), mask, streaming, num_following, num_left_chunks)
 
     def encode_tokens(
-        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int
+        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int, num_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, mask = self.encode(token_ids, mask, streaming, num_following)
+        hidden, mask = self.encode(token_ids, mask, streaming, num_following, num_left_chunks)
         return self.encoder_proj(hidden), mask
 
     @property
@@ -58,8 +64,10 @@ class CosyVoice2FlowModel(CausalTokenToMelModel):
             )
         return config.encoder_chunk_size
 
-    def new_encoder_caches(self, batch_size: int) -> tuple[CausalCache, ...]:
-        return self.encoder.new_caches(batch_size)
+    def new_encoder_caches(
+        self, batch_size: int, num_left_chunks: int = -1, cache_dtype: torch.dtype | None = None
+    ) -> tuple[CausalCache, ...]:
+        return self.encoder.new_caches(batch_size, num_left_chunks, cache_dtype)
 
     def encode_step(
         self, token_ids: Tensor, available: Tensor, counts: list[int], caches: tuple[CausalCache, ...]

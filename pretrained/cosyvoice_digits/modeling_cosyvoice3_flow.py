@@ -5,6 +5,7 @@ Paper: https://arxiv.org/abs/2505.17589. Upstream: `CausalMaskedDiffWithDiT` in 
 Shape legend: `b` batch, `n` tokens, `t` frames, `m` mel bins. In every mask 1 = real.
 """
 
+import torch
 from torch import Tensor
 
 from .causal_cache import CausalCache, number_layers
@@ -38,7 +39,7 @@ class CosyVoice3FlowModel(CausalTokenToMelModel):
         return hidden[:, : hidden.shape[1] - num_following]
 
     def encode_tokens(
-        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int
+        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int, num_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor | None]:
         ratio = self.config.token_mel_ratio
         conditions = self.encode(token_ids, mask, num_following).repeat_interleave(ratio, dim=1)
@@ -56,7 +57,10 @@ class CosyVoice3FlowModel(CausalTokenToMelModel):
             )
         return tokens
 
-    def new_encoder_caches(self, batch_size: int) -> tuple[CausalCache, ...]:
+    def new_encoder_caches(
+        self, batch_size: int, num_left_chunks: int = -1, cache_dtype: torch.dtype | None = None
+    ) -> tuple[CausalCache, ...]:
+        # Convolutions only: what they remember does not grow.
         return (CausalCache([0] * batch_size, 0),)
 
     def encode_step(

@@ -261,11 +261,6 @@ class CosyVoiceFlowModel(TokenToMelModel):
         mel, kept = drop_beginnings(mel, frames, inputs.prompt_frames)
         return mel, kept, next_overlaps
 
-    @property
-    def stream_overlap_tokens(self) -> int:
-        """Tokens behind a piece of a stream that it must see."""
-        return _OVERLAP_TOKENS
-
     # -- piece by piece ----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def start_stream(
@@ -298,6 +293,10 @@ class CosyVoiceFlowModel(TokenToMelModel):
         return CosyVoiceMelStream(
             inputs, hop_tokens, num_steps, generator, [row[:0] for row in no_tokens], overlaps=None, tails=None
         )
+
+    def tokens_to_next_piece(self, state: CosyVoiceMelStream) -> int:
+        """How many more tokens the streams need before they give frames again; 0 where they have ended."""
+        return 0 if state.finished else max(state.hop_tokens + _OVERLAP_TOKENS - len(state.waiting[0]), 0)
 
     @torch.no_grad()
     def stream_mel(

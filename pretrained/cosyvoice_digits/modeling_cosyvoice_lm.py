@@ -210,7 +210,7 @@ class CosyVoiceLmForCausalLM(SpeechTokenGenerationMixin, Qwen2PreTrainedModel):
         after = config.vocab_size - config.text_vocab_size - config.num_speech_rows
         return nn.functional.pad(logits, (config.text_vocab_size, after), value=torch.finfo(logits.dtype).min)
 
-    def _speech_prompt(
+    def build_speech_prompt(
         self,
         text_ids: list[list[int]],
         prompt_text_ids: list[list[int]],

@@ -220,7 +220,7 @@ class CosyVoiceTransformerLm(SpeechTokenGenerationMixin, PreTrainedModel):
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _speech_prompt(
+    def build_speech_prompt(
         self,
         text_ids: list[list[int]],
         prompt_text_ids: list[list[int]],

@@ -8,14 +8,14 @@ finds it; with the package, `CosyVoiceTextToSpeechPipeline(model=MODEL)` does th
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForTextToWaveform, AutoProcessor, Pipeline, PreTrainedModel
 
-from .streaming_cosyvoice import stream_speech
+from .streaming_cosyvoice import SpeechStreamBatch
 
 
 _VOICE = (
@@ -149,29 +149,60 @@ class CosyVoiceTextToSpeechPipeline(Pipeline):
         """Pieces of the waveform, `(samples,)` float32, while it is computed: one sentence after the other.
 
         Args:
-            inputs, options: of a call, without `speed`.
-            chunk_tokens (`int`, *optional*): speech tokens between two pieces, see [`stream_speech`].
+            inputs, options: of a call, without `speed`; also `num_left_chunks` and `cache_dtype` of
+                [`SpeechStreamBatch`].
+            chunk_tokens (`int`, *optional*): speech tokens between two pieces, see [`SpeechStreamBatch`].
+        """
+        for (piece,) in self.stream_batch([inputs], chunk_tokens, **options):
+            yield piece
+
+    def stream_batch(
+        self, inputs: Sequence[str | dict[str, Any]], chunk_tokens: int | None = None, **options: Any
+    ) -> Iterator[list[np.ndarray]]:
+        """The same for several texts, which are computed together.
+
+        Args:
+            inputs: as those of a list in a call. chunk_tokens, options: see [`stream`].
+
+        Yields:
+            the next piece of every text, `(samples,)` float32 each; without samples where there is none, as after its
+            end. At least one has samples.
+
+        Raises:
+            ValueError: texts with different `compatibility`.
         """
         preprocess, forward, _ = self._sanitize_parameters(**options)
-        model_inputs = self.preprocess(inputs, **{**self._preprocess_params, **preprocess})
         forward = {**self._forward_params, **forward}
         forward.pop("max_batch_size", None)
         seed = forward.pop("seed", None)
-        compatibility = model_inputs["compatibility"] or forward.pop("compatibility", None)
-        forward.pop("compatibility", None)
-        if model_inputs["inputs"] is None:
-            return
-        rows = {name: value.to(self.device) for name, value in model_inputs["inputs"].items()}
-        for row in range(len(next(iter(rows.values())))):
-            sentence = {name: value[row : row + 1] for name, value in rows.items()}
-            generator = None if seed is None else torch.Generator().manual_seed(seed + row)
-            pieces = stream_speech(
-                self.model,
-                sentence,
-                chunk_tokens=chunk_tokens,
-                generator=generator,
-                compatibility=compatibility,
-                **forward,
-            )
-            for piece in pieces:
-                yield piece[0].float().cpu().numpy()
+        default = forward.pop("compatibility", None)
+        texts = [self.preprocess(item, **{**self._preprocess_params, **preprocess}) for item in inputs]
+        ways = {text["compatibility"] or default for text in texts if text["inputs"] is not None}
+        if len(ways) > 1:
+            raise ValueError(f"compatibility: expected the same for all texts of a stream, got {ways}")
+        batch = SpeechStreamBatch(self.model, chunk_tokens, compatibility=next(iter(ways), default), **forward)
+        sentences = [self._sentences(text["inputs"], seed) for text in texts]
+        text_of: dict[int, int] = {}
+        while True:
+            for number, waiting in enumerate(sentences):
+                sentence = None if number in text_of.values() else next(waiting, None)
+                if sentence is not None:
+                    (handle,) = batch.add(*sentence)
+                    text_of[handle] = number
+            if not text_of:
+                return
+            pieces = [np.zeros(0, dtype=np.float32) for _ in texts]
+            for handle, piece in batch.step().items():
+                pieces[text_of[handle]] = piece.waveform.cpu().numpy()
+                if piece.is_last:
+                    del text_of[handle]
+            if any(len(piece) for piece in pieces):
+                yield pieces
+
+    def _sentences(
+        self, inputs: dict[str, torch.Tensor] | None, seed: int | None
+    ) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Generator] | None]]:
+        """Rows of a text, one by one, with the generators that a call has for them."""
+        for row in range(0 if inputs is None else len(next(iter(inputs.values())))):
+            sentence = {name: value[row : row + 1].to(self.device) for name, value in inputs.items()}
+            yield sentence, None if seed is None else [torch.Generator().manual_seed(seed + row)]

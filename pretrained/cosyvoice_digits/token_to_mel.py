@@ -147,10 +147,14 @@ class TokenToMelModel(PreTrainedModel):
         Raises:
             ValueError: an id that the model does not have.
         """
-        if token_ids.numel() and int(token_ids.max()) >= self.config.vocab_size:
-            raise ValueError(f"speech token ids: expected below {self.config.vocab_size}, got {int(token_ids.max())}")
+        self.check_token_ids(token_ids)
         embedded = self.embed_tokens(token_ids.clamp(min=0))
         return embedded if mask is None else embedded * mask[..., None].to(embedded.dtype)
+
+    def check_token_ids(self, token_ids: Tensor) -> None:
+        """Raises `ValueError` for an id that the model does not have."""
+        if token_ids.numel() and int(token_ids.max()) >= self.config.vocab_size:
+            raise ValueError(f"speech token ids: expected below {self.config.vocab_size}, got {int(token_ids.max())}")
 
     def read_inputs(
         self,
@@ -211,12 +215,14 @@ class TokenToMelModel(PreTrainedModel):
         streaming: bool = False,
         caches: list[CausalCache] | None = None,
         times: list[Tensor] | None = None,
+        num_left_chunks: int = -1,
     ) -> Tensor:
         """From noise to mel with guidance, `(b, t, m)` float32.
 
         Args:
             noise, conditions, prompt (`(b, t, m)`), speaker (`(b, m)`), mask (`(b, t)` or `None`).
-            streaming: the attention sees chunks. caches: of every Euler step, for a piece of a stream.
+            streaming: the attention sees chunks, `num_left_chunks` before its own (negative: all).
+            caches: of every Euler step, for a piece of a stream.
             times: what [`embed_schedule`] gives for `num_steps`, if it is at hand.
         """
         guidance = self.config.guidance_scale
@@ -236,7 +242,9 @@ class TokenToMelModel(PreTrainedModel):
                 sample = torch.cat([sample, sample])
             at_time = [layer[number : number + 1] for layer in times]
             cache = None if caches is None else caches[number]
-            return self.estimator(sample, conditions, speaker, prompt, at_time, mask, streaming, cache)
+            return self.estimator(
+                sample, conditions, speaker, prompt, at_time, mask, streaming, cache, num_left_chunks
+            )
 
         return euler_solve(velocity, noise, steps, guidance)
 

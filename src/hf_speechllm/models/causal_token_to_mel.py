@@ -3,8 +3,9 @@
 In a stream every Euler step keeps keys, values and the last inputs of convolutions of its own, with and without
 conditions, so that a new piece costs what it holds and nothing is computed twice. Upstream computes the whole history
 again for each piece, and for the last one without chunks, so that the end of its stream is that of another network.
-The price is memory: keys and values of every layer, twice for guidance, for every step; with the published sizes and
-10 steps 4.6 MB (CosyVoice 2) or 3.6 MB (CosyVoice 3) for each mel frame in float32.
+The price is memory: keys and values of every layer, twice for guidance, for every step;
+`benchmarks/cosyvoice_cache.py` prints how much. `num_left_chunks` bounds it: the attention then sees that many chunks
+before its own, and what is older is forgotten. `cache_dtype` stores keys and values in another type.
 
 Shape legend: `b` batch, `n` tokens, `t` frames, `m` mel bins. In every mask 1 = real; real entries come first.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .causal_cache import CausalCache
+from .causal_cache import CausalCache, gather_rows
 from .flow_matching import FlowMatchingDraws, draw_flow_matching, fixed_noise
 from .mixed_lengths import lengths_to_encode_apart
 from .ragged_rows import drop_beginnings, join_rows, length_mask, padding_mask, row_lengths
@@ -65,6 +66,69 @@ class CausalMelStream:
             step_caches=[cache.clone() for cache in self.step_caches],
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what the networks remember, with the room that is kept to grow."""
+        return sum(cache.num_bytes for cache in (*self.encoder_caches, *self.step_caches))
+
+    @property
+    def bytes_per_frame(self) -> float:
+        """Memory that a mel frame of one stream takes while it is remembered; 0 before the first chunk."""
+        row = max(range(len(self.frames)), key=self.frames.__getitem__)
+        if not self.frames[row]:
+            return 0.0
+        total = 0.0
+        for cache in (*self.encoder_caches, *self.step_caches):
+            # Tokens are fewer than frames, and guidance has a second row for every stream.
+            rate = cache.lengths[row] / self.frames[row] * (len(cache.lengths) // len(self.frames))
+            total += cache.bytes_per_frame * rate
+        return total
+
+
+def gather_streams(states: list[CausalMelStream], rows: list[list[int]]) -> CausalMelStream:
+    """The streams `rows[i]` of `states[i]` as one batch, in this order: streams that join others, or leave them.
+
+    The states are used up.
+
+    Raises:
+        ValueError: no stream, or states of another number of steps or with noise beside one without.
+    """
+    first = states[0]
+    if not any(rows):
+        raise ValueError("rows: expected at least one stream")
+    for state in states[1:]:
+        if state.num_steps != first.num_steps:
+            raise ValueError(f"num_steps: expected {first.num_steps} in every state, got {state.num_steps}")
+        if (state.noise is None) != (first.noise is None):
+            raise ValueError("noise: expected in all states or in none")
+    picks = [(number, row) for number, kept in enumerate(rows) for row in kept]
+
+    def gather(caches: list[CausalCache]) -> CausalCache:
+        # Guidance: all rows with conditions come first, then all without.
+        sizes = [len(state.frames) for state in states]
+        copies = len(caches[0].lengths) // sizes[0]
+        return gather_rows(
+            caches, [(number, copy * sizes[number] + row) for copy in range(copies) for number, row in picks]
+        )
+
+    noise = None
+    if first.noise is not None:
+        noise = torch.stack([states[number].noise[row % len(states[number].noise)] for number, row in picks])
+    return CausalMelStream(
+        speaker=torch.stack([states[number].speaker[row] for number, row in picks]),
+        prompt_mel=[states[number].prompt_mel[row] for number, row in picks],
+        noise=noise,
+        num_steps=first.num_steps,
+        times=first.times,
+        waiting=[states[number].waiting[row] for number, row in picks],
+        frames=[states[number].frames[row] for number, row in picks],
+        finished=[states[number].finished[row] for number, row in picks],
+        encoder_caches=tuple(
+            gather(list(caches)) for caches in zip(*(state.encoder_caches for state in states), strict=True)
+        ),
+        step_caches=[gather(list(caches)) for caches in zip(*(state.step_caches for state in states), strict=True)],
+    )
+
 
 class CausalTokenToMelModel(TokenToMelModel):
     """A flow whose frames see a few tokens ahead and nothing else to come.
@@ -74,7 +138,7 @@ class CausalTokenToMelModel(TokenToMelModel):
 
     # -- a whole utterance -------------------------------------------------------------------------------------------
     def encode_tokens(
-        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int
+        self, token_ids: Tensor, mask: Tensor | None, streaming: bool, num_following: int, num_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor | None]:
         """`(b, n)` ids → conditions `(b, t, m)` and their mask; the last `num_following` tokens of a row are only seen
         by those before them."""
@@ -138,6 +202,7 @@ class CausalTokenToMelModel(TokenToMelModel):
         generator: torch.Generator | None = None,
         streaming: bool = False,
         is_last: bool = True,
+        num_left_chunks: int = -1,
     ) -> TokenToMelOutput:
         """Mel spectrograms of whole token sequences; a row of a batch equals the row alone.
 
@@ -151,12 +216,16 @@ class CausalTokenToMelModel(TokenToMelModel):
             streaming (`bool`): as a stream would be computed, in chunks that see nothing after them.
             is_last (`bool`): `False`: more tokens will come, so that the last `num_lookahead_tokens` only serve those
                 before them.
+            num_left_chunks (`int`): with `streaming`, chunks that the attention sees before its own; negative = all.
 
         Raises:
-            ValueError: shapes that do not fit, a prompt longer than the tokens account for.
+            ValueError: shapes that do not fit, a prompt longer than the tokens account for, left chunks without
+                `streaming`.
         """
         if speaker_embedding is None:
             raise ValueError("speaker_embedding: expected one vector a row, got none")
+        if num_left_chunks >= 0 and not streaming:
+            raise ValueError(f"num_left_chunks: expected -1 without streaming, got {num_left_chunks}")
         inputs = self.read_inputs(
             token_ids,
             token_mask,
@@ -177,32 +246,41 @@ class CausalTokenToMelModel(TokenToMelModel):
             )
         size = int(frames.max()) if len(frames) else 0
         noise = self._noise(noise, generator, len(frames), size)
+        options = (num_steps, streaming, num_following, num_left_chunks)
         if lengths_to_encode_apart(noise.expand(len(frames), -1, -1), length_mask(frames, size)) is not None:
             rows = [
-                self._generate(inputs.row(row), noise[row % len(noise)][None], num_steps, streaming, num_following)
-                for row in range(len(frames))
+                self._generate(inputs.row(row), noise[row % len(noise)][None], *options) for row in range(len(frames))
             ]
             pieces = [mel[0] for mel, _ in rows]
             mel = pad_sequence(pieces, batch_first=True)
             counts = torch.tensor([len(piece) for piece in pieces], device=self.device)
         else:
-            mel, counts = self._generate(inputs, noise, num_steps, streaming, num_following)
+            mel, counts = self._generate(inputs, noise, *options)
         return TokenToMelOutput(mel=mel, mel_mask=length_mask(counts, mel.shape[1]))
 
     def _generate(
-        self, inputs: TokenToMelInputs, noise: Tensor, num_steps: int, streaming: bool, num_following: int
+        self,
+        inputs: TokenToMelInputs,
+        noise: Tensor,
+        num_steps: int,
+        streaming: bool,
+        num_following: int,
+        num_left_chunks: int,
     ) -> tuple[Tensor, Tensor]:
         """Frames after the prompt `(b, t, m)` and how many are real."""
         ids, lengths = join_rows(inputs.prompt_ids, inputs.prompt_lengths, inputs.token_ids, inputs.token_lengths)
         frames = self.config.token_mel_ratio * (lengths - num_following)
         if ids.shape[1] <= num_following:
             return inputs.speaker.new_zeros(len(ids), 0, self.config.num_mel_bins, dtype=torch.float32), frames
-        conditions, mask = self.encode_tokens(ids, padding_mask(lengths, ids.shape[1]), streaming, num_following)
+        padding = padding_mask(lengths, ids.shape[1])
+        conditions, mask = self.encode_tokens(ids, padding, streaming, num_following, num_left_chunks)
         prompt = torch.zeros_like(conditions)
         given = length_mask(inputs.prompt_frames, inputs.prompt_mel.shape[1])
         prompt[:, : given.shape[1]] = inputs.prompt_mel * given[..., None].to(prompt.dtype)
         noise = noise[:, : conditions.shape[1]].expand(conditions.shape[0], -1, -1)
-        mel = self.solve(noise, conditions, inputs.speaker, prompt, mask, num_steps, streaming)
+        mel = self.solve(
+            noise, conditions, inputs.speaker, prompt, mask, num_steps, streaming, num_left_chunks=num_left_chunks
+        )
         return drop_beginnings(mel, frames, inputs.prompt_frames)
 
     def _noise(self, noise: Tensor | None, generator: torch.Generator | None, batch: int, frames: int) -> Tensor:
@@ -225,8 +303,10 @@ class CausalTokenToMelModel(TokenToMelModel):
         """
         raise NotImplementedError
 
-    def new_encoder_caches(self, batch_size: int) -> tuple[CausalCache, ...]:
-        """Empty caches of the encoder."""
+    def new_encoder_caches(
+        self, batch_size: int, num_left_chunks: int = -1, cache_dtype: torch.dtype | None = None
+    ) -> tuple[CausalCache, ...]:
+        """Empty caches of the encoder; see [`start_stream`]."""
         raise NotImplementedError
 
     def encode_step(
@@ -250,6 +330,8 @@ class CausalTokenToMelModel(TokenToMelModel):
         num_steps: int = 10,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        num_left_chunks: int = -1,
+        cache_dtype: torch.dtype | None = None,
     ) -> CausalMelStream:
         """Begin one stream for every row of `speaker_embedding`; the arguments are those of [`generate_mel`].
 
@@ -257,8 +339,16 @@ class CausalTokenToMelModel(TokenToMelModel):
         sentence continues a `clone()` of the state. `noise` must have enough frames for the whole stream; a
         `generator` draws 15,000.
 
+        Args:
+            num_left_chunks (`int`): chunks that every attention sees before its own; nothing older is kept, the prompt
+                included, so that a stream takes the same memory however long it is. Negative = all of them, as
+                upstream, whose `num_decoding_left_chunks` no code reads. The models were trained to see all.
+            cache_dtype (*optional*): floating type that keys and values are stored in; that of the model by default.
+                Every key is rounded before it is seen, so that it does not matter how the tokens are cut.
+
         Raises:
-            ValueError: shapes that do not fit, or a network that is not the same piece by piece.
+            ValueError: shapes that do not fit, ids that the model does not have, a type that is not floating, or a
+                network that is not the same piece by piece.
         """
         batch = speaker_embedding.shape[0]
         no_tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -267,8 +357,12 @@ class CausalTokenToMelModel(TokenToMelModel):
         )
         if not self.chunk_tokens:
             raise ValueError("estimator_chunk_size: expected a chunk for a stream, got 0")
+        if cache_dtype is not None and not cache_dtype.is_floating_point:
+            raise ValueError(f"cache_dtype: expected a floating type, got {cache_dtype}")
         if noise is not None or generator is not None:
             noise = self._noise(noise, generator, batch, _STREAM_NOISE_FRAMES if noise is None else 0)
+        # Tokens that wait for the rest of their chunk are read with a later piece, in which nobody expects an error.
+        self.check_token_ids(inputs.prompt_ids * length_mask(inputs.prompt_lengths, inputs.prompt_ids.shape[1]))
         rows = 2 * batch if self.config.guidance_scale else batch
         state = CausalMelStream(
             speaker=inputs.speaker,
@@ -279,8 +373,11 @@ class CausalTokenToMelModel(TokenToMelModel):
             waiting=[row[:count] for row, count in zip(inputs.prompt_ids, inputs.prompt_lengths, strict=True)],
             frames=[0] * batch,
             finished=[False] * batch,
-            encoder_caches=self.new_encoder_caches(batch),
-            step_caches=[CausalCache([0] * rows, self.config.estimator_chunk_size) for _ in range(num_steps)],
+            encoder_caches=self.new_encoder_caches(batch, num_left_chunks, cache_dtype),
+            step_caches=[
+                CausalCache([0] * rows, self.config.estimator_chunk_size, num_left_chunks, cache_dtype)
+                for _ in range(num_steps)
+            ],
         )
         # Where the mel ends before the tokens, what is behind it is heard, and comes with the first piece.
         chunk_frames = self.config.token_mel_ratio * self.chunk_tokens
@@ -319,6 +416,21 @@ class CausalTokenToMelModel(TokenToMelModel):
             state.waiting[row] = torch.cat([state.waiting[row], token_ids[row, :length].to(self.device)])
             state.finished[row] |= endings[row]
         return self._advance(state, self._ready(state)), state
+
+    def tokens_to_next_piece(self, state: CausalMelStream) -> list[int]:
+        """How many more tokens each stream needs before it gives frames again; 0 where it has ended.
+
+        To the end of the chunk in which the prompt ends or the stream stands, and the tokens that it looks ahead.
+        """
+        lookahead, ratio, chunk = self.config.num_lookahead_tokens, self.config.token_mel_ratio, self.chunk_tokens
+        needed = []
+        for frames, prompt, waiting, ended in zip(
+            state.frames, state.prompt_mel, state.waiting, state.finished, strict=True
+        ):
+            heard = max(frames, len(prompt)) // ratio // chunk * chunk + chunk
+            missing = heard + lookahead - frames // ratio - len(waiting)
+            needed.append(0 if ended else max(missing, 0))
+        return needed
 
     def _ready(self, state: CausalMelStream) -> list[int]:
         """Tokens of each row that can be computed: whole chunks that have their look-ahead, or all that are left."""

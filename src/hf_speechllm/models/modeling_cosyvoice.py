@@ -169,6 +169,7 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
         streaming: bool = False,
         generator: Generators = None,
         compatibility: str | None = None,
+        num_left_chunks: int = -1,
         **lm_kwargs,
     ) -> CosyVoiceOutput:
         """Waveforms of texts, or of the speech of others in the voice of a prompt; inputs as [`CosyVoiceProcessor`]
@@ -189,6 +190,7 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
             streaming (`bool`): compute the flow as a stream does, with chunked attention (versions 2 and 3).
             generator: source of all that is random, or one for each row, with which a row is the same in every batch.
             compatibility (`"upstream"`, *optional*): reproduce named differences of upstream, see each part.
+            num_left_chunks (`int`): with `streaming`, chunks that the flow sees before its own; negative = all.
             lm_kwargs: of [`generate_speech_tokens`], as `sampling`, `temperature`, `do_sample` or the length ratios.
 
         Raises:
@@ -227,7 +229,9 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
                 **lm_kwargs,
             )
             speech_ids, speech_mask = tokens.token_ids, tokens.token_mask
-        mel, mel_mask = self.token_to_mel(speech_ids, speech_mask, prompt, num_steps, streaming, for_flow)
+        mel, mel_mask = self.token_to_mel(
+            speech_ids, speech_mask, prompt, num_steps, streaming, for_flow, num_left_chunks
+        )
         if speed != 1.0:
             mel, mel_mask = change_speed(mel, mel_mask, speed)
         waveform, waveform_mask = self.mel_to_waveform(mel, mel_mask, for_vocoder, compatibility)
@@ -326,16 +330,22 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
         num_steps: int = 10,
         streaming: bool = False,
         generator: Generators = None,
+        num_left_chunks: int = -1,
     ) -> tuple[Tensor, Tensor]:
         """Spectrograms `(b, t, m)`, without the prompts', and their mask, int64.
 
         Versions 2 and 3 start from the same noise always; only version 1 draws it.
+
+        Raises:
+            ValueError: left chunks without `streaming`, or for version 1.
         """
         options: dict[str, object] = {"num_steps": num_steps}
         if self.config.version == 1:
+            if num_left_chunks >= 0:
+                raise ValueError(f"num_left_chunks: expected -1 for version 1, got {num_left_chunks}")
             options |= self._flow_noise(speech_mask, prompt, generator)
         else:
-            options["streaming"] = streaming
+            options |= {"streaming": streaming, "num_left_chunks": num_left_chunks}
         output = self.flow.generate_mel(
             speech_ids,
             speech_mask,
@@ -370,15 +380,14 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
         """Waveforms `(b, samples)`, float32, and their mask, int64; `noise` and `phase` as the vocoder takes them."""
         options: dict[str, object] = {"generator": generator}
         if generator is not None and not isinstance(generator, torch.Generator):
-            sines = self.vocoder.source.num_sines
+            sines, options = self.vocoder.source.num_sines, {}
             lengths = (mel_mask.sum(1) * self.vocoder.config.hop_length).tolist()
-            turns = draw_rows(torch.rand, [1] * len(lengths), sines, generator, self.device)[:, 0]
-            options = {
-                "phase": (2 * turns - 1) * torch.pi,
-                "noise": draw_rows(torch.randn, lengths, sines, generator, self.device),
-            }
-            if self.config.version == 3:  # its noise is a part of the model
-                options = {}
+            # What the vocoder draws for a row alone, in its order: only one kind of phase is drawn.
+            if self.vocoder.config.phase_interpolation == "sample":
+                turns = draw_rows(torch.rand, [1] * len(lengths), sines, generator, self.device)[:, 0]
+                options["phase"] = (2 * turns - 1) * torch.pi
+            if self.config.version != 3:  # whose noise is a part of the model
+                options["noise"] = draw_rows(torch.randn, lengths, sines, generator, self.device)
         output = self.vocoder(mel, mel_mask, compatibility=compatibility, return_dict=True, **(options | noise))
         return output.waveform.float(), output.waveform_mask
 

@@ -41,10 +41,9 @@ def relative_positions(num_frames: int, size: int, device: torch.device) -> Rela
 
 
 def relative_positions_of_step(cache: CausalCache, size: int, device: torch.device) -> RelativePositions:
-    """Positions of the frames of the step that `cache` has begun, and of all keys up to its end."""
-    starts = cache.lengths[:1] if cache.uniform else cache.lengths
-    num_keys = max(start + count for start, count in zip(cache.lengths, cache.counts, strict=True))
-    return _positions(starts, max(cache.counts), num_keys, size, device)
+    """Positions of the frames of the step that `cache` has begun, and of all keys that it has up to its end."""
+    starts = cache.starts[:1] if cache.uniform else cache.starts
+    return _positions(starts, max(cache.counts), cache.num_keys, size, device)
 
 
 def _positions(

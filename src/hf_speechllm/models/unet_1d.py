@@ -181,13 +181,15 @@ class UNet1d(nn.Module):
         mask: Tensor | None = None,
         streaming: bool = False,
         cache: CausalCache | None = None,
+        num_left_chunks: int = -1,
     ) -> Tensor:
         """
         Args:
             noisy, conditions, prompt (`(b, t, m)`): sample, encoded tokens, mel of the prompt (0 elsewhere).
             speaker (`(b, m)`), times: from [`embed_times`], each `(1 or b, c)`.
-            mask (`(b, t)`): `None` = no padding. streaming: attention sees its chunk and what is before it.
-            cache: frames of earlier steps, of a causal network; `mask` and `streaming` are of no use then.
+            mask (`(b, t)`): `None` = no padding.
+            streaming: attention sees its chunk and `num_left_chunks` before it, all of them where that is negative.
+            cache: frames of earlier steps, of a causal network, in place of `mask`, `streaming` and `num_left_chunks`.
 
         Returns:
             the velocity `(b, t, m)`, zero where padded.
@@ -196,41 +198,48 @@ class UNet1d(nn.Module):
         hidden = torch.cat([noisy, conditions, speaker, prompt], dim=2)
         time = iter(times)
         skips, masks = [], [mask]
+
+        def visible_to(hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+            if cache is not None:
+                return cache.visible
+            chunk_size = self.chunk_size if streaming else 0
+            return attention_visibility(hidden.shape[1], mask, chunk_size, hidden.device, num_left_chunks)
+
         for stage in self.down_stages:
             mask = masks[-1]
-            hidden = stage(hidden, mask, self._visible(hidden, mask, streaming, cache), next(time), cache)
+            hidden = stage(hidden, mask, visible_to(hidden, mask), next(time), cache)
             skips.append(hidden)
             hidden = stage.change_rate(hidden, mask, cache)
             masks.append(None if mask is None else mask[:, ::2])
         masks.pop()  # the last stage kept its rate
-        visible = self._visible(hidden, masks[-1], streaming, cache)
+        visible = visible_to(hidden, masks[-1])
         for stage in self.mid_stages:
             hidden = stage(hidden, masks[-1], visible, next(time), cache)
         for stage in self.up_stages:
             mask, skip = masks.pop(), skips.pop()
             # Doubling an odd number of frames that was halved gives one too many.
             hidden = torch.cat([hidden[:, : skip.shape[1]], skip], dim=2)
-            hidden = stage(hidden, mask, self._visible(hidden, mask, streaming, cache), next(time), cache)
+            hidden = stage(hidden, mask, visible_to(hidden, mask), next(time), cache)
             hidden = stage.change_rate(hidden, mask, cache)
         hidden = self.final_block(hidden, mask, cache)
         return masked(self.out_proj(masked(hidden, mask)), mask)
 
-    def _visible(
-        self, hidden: Tensor, mask: Tensor | None, streaming: bool, cache: CausalCache | None
-    ) -> Tensor | None:
-        if cache is not None:
-            return cache.visible
-        return attention_visibility(hidden.shape[1], mask, self.chunk_size if streaming else 0, hidden.device)
 
-
-def attention_visibility(num_frames: int, mask: Tensor | None, chunk_size: int, device: torch.device) -> Tensor | None:
+def attention_visibility(
+    num_frames: int, mask: Tensor | None, chunk_size: int, device: torch.device, num_left_chunks: int = -1
+) -> Tensor | None:
     """What the frames of whole sequences see, bool, broadcasting to `(b, heads, t, t)`; `None` = all see all.
 
     Args:
-        mask (`(b, t)`): 1 = real. chunk_size: frames of a chunk, which sees itself and all before it; 0 = no chunks.
+        mask (`(b, t)`): 1 = real.
+        chunk_size: frames of a chunk, which sees itself and `num_left_chunks` before it (negative = all); 0 = no
+            chunks.
     """
-    visible = chunk_visibility([0], [num_frames], chunk_size, device)
+    visible = chunk_visibility([0], [num_frames], chunk_size, device, num_left_chunks)
     if mask is not None:
         real = mask.bool()[:, None, None, :]
         visible = real if visible is None else visible & real
+        if chunk_size and num_left_chunks >= 0:
+            # A padded frame whose chunks are padding must see something, or its softmax is undefined.
+            visible = visible | ~visible.any(dim=-1, keepdim=True)
     return visible

@@ -46,13 +46,18 @@ class UpsamplingEncoder(nn.Module):
         number_layers(self, RelativePositionAttention)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, streaming: bool = False, num_following: int = 0
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        streaming: bool = False,
+        num_following: int = 0,
+        num_left_chunks: int = -1,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             hidden (`(b, n, c)`): embedded tokens. mask (`(b, n)`, bool, `None` = no padding).
-            streaming: layers see their chunk and all before it. num_following: the last tokens of every row that only
-                serve as look-ahead and have no frames.
+            streaming: layers see their chunk and `num_left_chunks` before it, all of them where that is negative.
+            num_following: the last tokens of every row that only serve as look-ahead and have no frames.
 
         Returns:
             frames `(b, 2(n - num_following), c)` and their mask.
@@ -67,27 +72,38 @@ class UpsamplingEncoder(nn.Module):
                 mask = mask[:, num_following:]  # real ones first
             hidden = hidden[:, : hidden.shape[1] - num_following]
         chunk_size = self.chunk_size if streaming else 0
-        hidden = self._layers(self.layers, self.embed, hidden, mask, chunk_size)
+        hidden = self._layers(self.layers, self.embed, hidden, mask, chunk_size, num_left_chunks)
         hidden = self.upsample_conv(hidden.repeat_interleave(self.ratio, dim=1))
         if mask is not None:
             mask = mask.repeat_interleave(self.ratio, dim=1)
         hidden = self.upsampled_embed(hidden)
-        hidden = self._layers(self.upsampled_layers, self.upsampled_embed, hidden, mask, chunk_size * self.ratio)
+        hidden = self._layers(
+            self.upsampled_layers, self.upsampled_embed, hidden, mask, chunk_size * self.ratio, num_left_chunks
+        )
         return (self.layer_norm(hidden) if self.normalize_before else hidden), mask
 
     def _layers(
-        self, layers: nn.ModuleList, embed: FrameEmbedding, hidden: Tensor, mask: Tensor | None, chunk_size: int
+        self,
+        layers: nn.ModuleList,
+        embed: FrameEmbedding,
+        hidden: Tensor,
+        mask: Tensor | None,
+        chunk_size: int,
+        num_left_chunks: int,
     ) -> Tensor:
         positions = embed.drop_positions(relative_positions(hidden.shape[1], hidden.shape[2], hidden.device))
-        visible = attention_visibility(hidden.shape[1], mask, chunk_size, hidden.device)
+        visible = attention_visibility(hidden.shape[1], mask, chunk_size, hidden.device, num_left_chunks)
         for layer in layers:
             hidden = layer(hidden, positions, visible)
         return hidden
 
-    def new_caches(self, batch_size: int) -> tuple[CausalCache, CausalCache]:
+    def new_caches(
+        self, batch_size: int, num_left_chunks: int = -1, dtype: torch.dtype | None = None
+    ) -> tuple[CausalCache, CausalCache]:
         """For a stream: what is remembered at the rate of the tokens, and at that of the frames."""
-        starts = [0] * batch_size
-        return CausalCache(starts, self.chunk_size), CausalCache(list(starts), self.chunk_size * self.ratio)
+        sizes = (self.chunk_size, self.chunk_size * self.ratio)
+        tokens, frames = (CausalCache([0] * batch_size, size, num_left_chunks, dtype) for size in sizes)
+        return tokens, frames
 
     def step(self, hidden: Tensor, counts: list[int], caches: tuple[CausalCache, CausalCache]) -> Tensor:
         """The next tokens of a stream.
