@@ -107,7 +107,8 @@ class CosyVoiceUnits:
     def start_stream(self, speaker: str, num_steps: int = 10, seed: int = 0) -> "CosyVoiceUnitStream":
         """State of an utterance whose units come one by one."""
         generator = torch.Generator().manual_seed(seed)
-        return CosyVoiceUnitStream(SpeechStream(self.model, self._voice(speaker, 1), num_steps, generator, generator))
+        stream = SpeechStream(self.model, self._voice(speaker, 1), num_steps, generator, generator)
+        return CosyVoiceUnitStream(stream, self.config)
 
     def _voice(self, speaker: str, rows: int) -> CosyVoicePrompt:
         """The speaker's recording, where there is one, and embedding, for every row."""
@@ -124,8 +125,8 @@ class CosyVoiceUnits:
 class CosyVoiceUnitStream:
     """Sound of one utterance whose units come one by one; the flow and the vocoder keep what they need of the past."""
 
-    def __init__(self, stream: SpeechStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: SpeechStream, config: CosyVoiceConfig) -> None:
+        self._stream, self._config = stream, config
 
     @torch.no_grad()
     def push(self, units: list[int], is_last: bool = False) -> Tensor:
@@ -134,7 +135,7 @@ class CosyVoiceUnitStream:
         Raises:
             ValueError: units that the flow does not have.
         """
-        _check_units(units, self._stream.model.config)
+        _check_units(units, self._config)
         return self._stream.push(units, is_last)[0].float().cpu()
 
 
