@@ -33,6 +33,7 @@ from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeature
 from hf_speechllm.models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from hf_speechllm.models.processing_funasr_paraformer import FunasrParaformerProcessor
 from hf_speechllm.models.tokenization_funasr_paraformer import FunasrParaformerTokenizer
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.funasr_pack import (
@@ -667,14 +668,10 @@ def export_funasr_pack(model_dir: str | Path, pack_dir: str | Path) -> dict[str,
     bpe_path = source / BPE_MODEL_NAME if (source / BPE_MODEL_NAME).is_file() else None
     content = upstream_yaml(config, extractor, tokenizer, bpe_path is not None)
     _check_round_trip(content, config, source)
-    state = {
-        # A view would drag the whole storage along.
-        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
-        for name, tensor in upstream_state_dict(model.state_dict(), config).items()
-    }
+    state = compact(upstream_state_dict(model.state_dict(), config))
     metas: dict[str, object] = {"init_param": "model.pt", "config": "config.yaml"}
     with staged_directory(pack_dir) as stage:
-        torch.save(state, stage / "model.pt")
+        write_state_dict(stage / "model.pt", state)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=False)
         (stage / "config.yaml").write_text(text, encoding="utf-8")
         if bpe_path is not None:

@@ -23,6 +23,7 @@ from transformers import AutoProcessor, GenerationConfig, LlamaConfig
 from hf_speechllm.models.configuration_speechgpt_lm import SpeechGptConfig
 from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM
 from hf_speechllm.models.processing_speechgpt_lm import SpeechGptProcessor
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError, UnsafeArtifactError
 from hf_speechllm.upstream.json_config import read_json_mapping
@@ -479,8 +480,7 @@ def _write_shards(stage: Path, state: Mapping[str, Tensor], shard_bytes: int) ->
         single = len(shards) == 1
         file = "pytorch_model.bin" if single else f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
         places |= dict.fromkeys(names, file)
-        # Copies: a mapped tensor would bring its whole file.
-        torch.save({name: state[name].clone() for name in names}, stage / file)
+        write_state_dict(stage / file, compact({name: state[name] for name in names}))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -517,6 +517,6 @@ def _adapter_back(folder: Path, out: str | Path) -> dict[str, object]:
     with staged_directory(out) as stage:
         shutil.copyfile(folder / "adapter_config.json", stage / "adapter_config.json")
         state = read_safetensors(folder / "adapter_model.safetensors")
-        torch.save({name: tensor.clone() for name, tensor in state.items()}, stage / "adapter_model.bin")
+        write_state_dict(stage / "adapter_model.bin", compact(state))
         outputs = sha256_of_files(stage)
     return {"converter": "speechgpt", "direction": "reverse", "outputs": outputs}

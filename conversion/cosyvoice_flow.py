@@ -27,6 +27,7 @@ from hf_speechllm.models.modeling_cosyvoice2_flow import CosyVoice2FlowModel
 from hf_speechllm.models.modeling_cosyvoice3_flow import CosyVoice3FlowModel
 from hf_speechllm.models.modeling_cosyvoice_flow import CosyVoiceFlowModel
 from hf_speechllm.models.token_to_mel import TokenToMelModel
+from hf_speechllm.upstream.checkpoint_file import write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
@@ -610,7 +611,7 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
     config = load_config(Path(model_dir))
     state = restore_weights(read_safetensors(Path(model_dir) / MODEL_WEIGHTS_NAME), config)
     with staged_directory(pack) as stage:
-        torch.save(state, stage / WEIGHTS_NAME)
+        write_state_dict(stage / WEIGHTS_NAME, state)
         outputs = sha256_of_files(stage)
     return {"converter": "cosyvoice_flow", "direction": "reverse", "outputs": outputs}
 

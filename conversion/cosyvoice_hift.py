@@ -19,6 +19,7 @@ from hf_speechllm.models.configuration_cosyvoice_hift import CosyVoiceHiftConfig
 from hf_speechllm.models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
 from hf_speechllm.models.modeling_cosyvoice3_hift import CosyVoice3HiftModel, upstream_noise_state
 from hf_speechllm.models.modeling_cosyvoice_hift import CosyVoiceHiftModel
+from hf_speechllm.upstream.checkpoint_file import write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
@@ -418,7 +419,7 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
     config = load_config(model_dir)
     state = restore_weights(read_safetensors(model_dir / MODEL_NAME), config)
     with staged_directory(pack) as stage:
-        torch.save(state, stage / WEIGHTS_NAME)
+        write_state_dict(stage / WEIGHTS_NAME, state)
         outputs = sha256_of_files(stage)
     return {"converter": "cosyvoice_hift", "direction": "reverse", "warnings": [], "outputs": outputs}
 
