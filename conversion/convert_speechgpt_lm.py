@@ -27,6 +27,7 @@ from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError, UnsafeArtifactError
 from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.speechgpt_tokenizer import (
     ADDED_NAME,
@@ -415,6 +416,7 @@ def convert_back(folder: str | Path, out: str | Path, shard_bytes: int = SHARD_B
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter_back(folder, out)
+    require_model_type(folder, [SpeechGptConfig.model_type])
     config = SpeechGptConfig.from_pretrained(folder)
     text = config.text_config
     if text.model_type != "llama":

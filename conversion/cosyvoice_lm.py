@@ -25,6 +25,7 @@ from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
 from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
@@ -496,17 +497,8 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
 
     Upstream builds its Qwen2 from that folder before it loads `llm.pt`, so that the weights are in both.
     """
-    settings = read_json_mapping(model_dir / "config.json", MAX_JSON_BYTES)
     kinds = {"cosyvoice_lm": CosyVoiceLmConfig, "cosyvoice_transformer_lm": CosyVoiceTransformerLmConfig}
-    if settings.get("model_type") not in kinds:
-        raise ConversionError(
-            "not a language model of CosyVoice",
-            file=model_dir / "config.json",
-            key="model_type",
-            expected=sorted(kinds),
-            actual=settings.get("model_type"),
-        )
-    config = kinds[settings["model_type"]].from_pretrained(model_dir)
+    config = kinds[require_model_type(model_dir, kinds)].from_pretrained(model_dir)
     state = restore_weights(read_safetensors(model_dir / "model.safetensors"), config)
     report: dict[str, object] = {
         "converter": "cosyvoice_lm",
