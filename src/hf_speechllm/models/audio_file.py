@@ -74,8 +74,11 @@ def decode_audio_file(
                 if num_frames > max_frames:
                     raise AudioError(f"{name}: duration: expected at most {max_duration_s:g} s")
                 blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
+    except soundfile.LibsndfileError as error:
+        reason = _reason(name, list(soundfile.available_formats()))
+        raise AudioError(f"{name}: cannot be read as audio: {reason}") from error
     except (soundfile.SoundFileError, TypeError, OSError) as error:
-        raise AudioError(f"{name}: cannot be read as audio: {_reason(name, error)}") from error
+        raise AudioError(f"{name}: cannot be read as audio: {error}") from error
 
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
     if not np.isfinite(waveform).all():
@@ -83,14 +86,9 @@ def decode_audio_file(
     return torch.from_numpy(np.ascontiguousarray(waveform)), sampling_rate
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(name: str, formats: list[str]) -> str:
     """Why libsndfile refused a file; of a format that is not built into it, it would say that there is no file."""
-    import soundfile
-
     kind = os.path.splitext(name)[1].removeprefix(".").upper()
-    formats = soundfile.available_formats()
-    if not isinstance(error, soundfile.LibsndfileError):
-        return str(error)
     if kind and kind not in formats:
         return f"expected one of {', '.join(sorted(formats))}, which libsndfile reads here, got {kind}"
-    return f"expected audio{f' ({kind})' if kind in formats else ''}, got what libsndfile cannot decode"
+    return f"expected audio{f' ({kind})' if kind else ''}, got what libsndfile cannot decode"
