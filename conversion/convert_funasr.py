@@ -11,7 +11,6 @@ OUT appears complete or not at all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command_line import converter_parser, print_report
 from paraformer_names import take_weights, upstream_state_dict
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeature
 from hf_speechllm.models.modeling_funasr_paraformer import FunasrParaformerForSpeechRecognition
 from hf_speechllm.models.processing_funasr_paraformer import FunasrParaformerProcessor
 from hf_speechllm.models.tokenization_funasr_paraformer import FunasrParaformerTokenizer
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.funasr_pack import (
@@ -47,6 +48,7 @@ from hf_speechllm.upstream.funasr_tokens import (
     build_paraformer_char_tokenizer,
     build_paraformer_sentencepiece_tokenizer,
 )
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.nnet_mvn import read_nnet_mvn, write_nnet_mvn
 from hf_speechllm.upstream.safetensors_file import write_safetensors
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
@@ -57,6 +59,7 @@ from hf_speechllm.upstream.typed_config import ConfigReader
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys of config.yaml: key -> (field of FunasrParaformerConfig, kind, default upstream). A dict as kind translates.
 
+MODEL_TYPES = ("funasr_paraformer", "funasr_sensevoice", "funasr_fsmn_vad", "funasr_ct_transformer")
 MODELS = {
     "Paraformer": None,
     "BiCifParaformer": None,
@@ -637,9 +640,7 @@ def export_funasr_pack(model_dir: str | Path, pack_dir: str | Path) -> dict[str,
         ConversionError: the model has an option that FunASR does not have, or the folder is incomplete.
     """
     source = Path(model_dir)
-    if not (source / "config.json").is_file():
-        raise ConversionError("not a model folder", file=source, key="config.json")
-    model_type = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = require_model_type(source, MODEL_TYPES)
     if model_type == "funasr_sensevoice":
         from convert_sensevoice import export_sensevoice_pack
 
@@ -667,14 +668,10 @@ def export_funasr_pack(model_dir: str | Path, pack_dir: str | Path) -> dict[str,
     bpe_path = source / BPE_MODEL_NAME if (source / BPE_MODEL_NAME).is_file() else None
     content = upstream_yaml(config, extractor, tokenizer, bpe_path is not None)
     _check_round_trip(content, config, source)
-    state = {
-        # A view would drag the whole storage along.
-        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
-        for name, tensor in upstream_state_dict(model.state_dict(), config).items()
-    }
+    state = compact(upstream_state_dict(model.state_dict(), config))
     metas: dict[str, object] = {"init_param": "model.pt", "config": "config.yaml"}
     with staged_directory(pack_dir) as stage:
-        torch.save(state, stage / "model.pt")
+        write_state_dict(stage / "model.pt", state)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=False)
         (stage / "config.yaml").write_text(text, encoding="utf-8")
         if bpe_path is not None:
@@ -849,20 +846,10 @@ def _check_round_trip(content: dict[str, object], config: FunasrParaformerConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 1 with one line on stderr when the conversion is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="PACK, or with --reverse the model folder")
-    parser.add_argument("destination", type=Path, help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="write a FunASR pack from a model folder")
-    options = parser.parse_args(arguments)
-    convert = export_funasr_pack if options.reverse else convert_funasr_pack
-    try:
-        report = convert(options.source, options.destination)
-    except ConversionError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    """Command line, see `print_report`."""
+    options = converter_parser(__doc__, "write a FunASR pack from a model folder").parse_args(arguments)
+    run = export_funasr_pack if options.reverse else convert_funasr_pack
+    return print_report(lambda: run(options.source, options.destination))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ The pack is untrusted: see `hf_speechllm.upstream`. OUT appears complete or not 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command_line import converter_parser, print_report
 from convert_speechgpt_lm import convert as convert_lm_pack
 from convert_speechgpt_lm import convert_back as export_lm_pack
 from convert_speechgpt_lm import is_speechgpt_lm_pack
@@ -75,23 +74,14 @@ def convert_speechgpt_pack(pack: str | Path, out_dir: str | Path, layer: int | N
     return convert_vocoder_pack(pack, out_dir) if kind == "vocoder" else convert_lm_pack(pack, out_dir)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="the pack (with --reverse, the folder of a language model)")
-    parser.add_argument("destination", type=Path, help="folder that is written; must not exist or be empty")
+def main(arguments: list[str] | None = None) -> int:
+    """Command line, see `print_report`."""
+    parser = converter_parser(__doc__, "write the published layout of a language model")
     parser.add_argument("--layer", type=int, help="units: the layer that the k-means centres divide, from 1")
-    parser.add_argument("--reverse", action="store_true", help="write the published layout of a language model")
-    arguments = parser.parse_args()
-    try:
-        if arguments.reverse:
-            report = export_lm_pack(arguments.source, arguments.destination)
-        else:
-            report = convert_speechgpt_pack(arguments.source, arguments.destination, arguments.layer)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    options = parser.parse_args(arguments)
+    if options.reverse:
+        return print_report(lambda: export_lm_pack(options.source, options.destination))
+    return print_report(lambda: convert_speechgpt_pack(options.source, options.destination, options.layer))
 
 
 if __name__ == "__main__":

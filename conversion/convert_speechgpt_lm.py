@@ -23,9 +23,11 @@ from transformers import AutoProcessor, GenerationConfig, LlamaConfig
 from hf_speechllm.models.configuration_speechgpt_lm import SpeechGptConfig
 from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM
 from hf_speechllm.models.processing_speechgpt_lm import SpeechGptProcessor
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError, UnsafeArtifactError
 from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.speechgpt_tokenizer import (
     ADDED_NAME,
@@ -414,6 +416,7 @@ def convert_back(folder: str | Path, out: str | Path, shard_bytes: int = SHARD_B
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter_back(folder, out)
+    require_model_type(folder, [SpeechGptConfig.model_type])
     config = SpeechGptConfig.from_pretrained(folder)
     text = config.text_config
     if text.model_type != "llama":
@@ -479,8 +482,7 @@ def _write_shards(stage: Path, state: Mapping[str, Tensor], shard_bytes: int) ->
         single = len(shards) == 1
         file = "pytorch_model.bin" if single else f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
         places |= dict.fromkeys(names, file)
-        # Copies: a mapped tensor would bring its whole file.
-        torch.save({name: state[name].clone() for name in names}, stage / file)
+        write_state_dict(stage / file, compact({name: state[name] for name in names}))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -517,6 +519,6 @@ def _adapter_back(folder: Path, out: str | Path) -> dict[str, object]:
     with staged_directory(out) as stage:
         shutil.copyfile(folder / "adapter_config.json", stage / "adapter_config.json")
         state = read_safetensors(folder / "adapter_model.safetensors")
-        torch.save({name: tensor.clone() for name, tensor in state.items()}, stage / "adapter_model.bin")
+        write_state_dict(stage / "adapter_model.bin", compact(state))
         outputs = sha256_of_files(stage)
     return {"converter": "speechgpt", "direction": "reverse", "outputs": outputs}

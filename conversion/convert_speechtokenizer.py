@@ -11,12 +11,12 @@ The folder that is written appears complete or not at all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
+from command_line import converter_parser, print_report
 from transformers import EncodecFeatureExtractor
 
 from hf_speechllm.models.configuration_speechtokenizer import SpeechTokenizerConfig
@@ -24,6 +24,7 @@ from hf_speechllm.models.modeling_speechtokenizer import SpeechTokenizerModel
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import write_safetensors
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
@@ -304,15 +305,7 @@ def export_speechtokenizer_pack(model_dir: str | Path, pack_dir: str | Path) -> 
         ConversionError: the folder is none of such a model, its weight norm was folded, or `pack_dir` is in the way.
     """
     source = Path(model_dir)
-    content = read_json_mapping(source / CONFIG_NAME)
-    if content.get("model_type") != SpeechTokenizerConfig.model_type:
-        raise ConversionError(
-            "another model",
-            file=source / CONFIG_NAME,
-            key="model_type",
-            expected=SpeechTokenizerConfig.model_type,
-            actual=content.get("model_type"),
-        )
+    require_model_type(source, [SpeechTokenizerConfig.model_type])
     model = SpeechTokenizerModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
     config = model.config
     if not config.use_weight_norm:
@@ -341,20 +334,10 @@ def upstream_config(config: SpeechTokenizerConfig) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 1 with one line on stderr when the conversion is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="PACK, or with --reverse the model folder")
-    parser.add_argument("destination", type=Path, help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="write an upstream pack from a model folder")
-    options = parser.parse_args(arguments)
-    convert = export_speechtokenizer_pack if options.reverse else convert_speechtokenizer_pack
-    try:
-        report = convert(options.source, options.destination)
-    except ConversionError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    """Command line, see `print_report`."""
+    options = converter_parser(__doc__, "write an upstream pack from a model folder").parse_args(arguments)
+    run = export_speechtokenizer_pack if options.reverse else convert_speechtokenizer_pack
+    return print_report(lambda: run(options.source, options.destination))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ at all.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from command_line import converter_parser, print_report
 
 from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
 from hf_speechllm.models.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
@@ -29,6 +28,7 @@ from hf_speechllm.models.tokenization_wenet_u2pp import WenetU2ppTokenizer
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.cmvn import read_cmvn, write_json_cmvn
 from hf_speechllm.upstream.errors import ConversionError
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.sentencepiece_model import read_sentencepiece_model
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.tokens import build_bpe_tokenizer, build_char_tokenizer
@@ -671,8 +671,7 @@ def export_wenet_pack(model_dir: str | Path, pack_dir: str | Path) -> dict[str, 
             `pack_dir` is in the way.
     """
     source = Path(model_dir)
-    if not (source / "config.json").is_file():
-        raise ConversionError("not a model folder", file=source, key="config.json")
+    require_model_type(source, [WenetU2ppConfig.model_type])
     model = WenetU2ppForSpeechRecognition.from_pretrained(source, local_files_only=True)
     tokenizer = WenetU2ppTokenizer.from_pretrained(source, local_files_only=True)
     extractor = KaldiFbankFeatureExtractor.from_pretrained(source, local_files_only=True)
@@ -815,20 +814,10 @@ def _upstream_yaml(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 1 with one line on stderr when the conversion is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="PACK, or with --reverse the model folder")
-    parser.add_argument("destination", type=Path, help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="write a WeNet pack from a model folder")
-    options = parser.parse_args(arguments)
-    convert = export_wenet_pack if options.reverse else convert_wenet_pack
-    try:
-        report = convert(options.source, options.destination)
-    except ConversionError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    """Command line, see `print_report`."""
+    options = converter_parser(__doc__, "write a WeNet pack from a model folder").parse_args(arguments)
+    run = export_wenet_pack if options.reverse else convert_wenet_pack
+    return print_report(lambda: run(options.source, options.destination))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ error that names it. The folder that is written appears complete or not at all.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from command_line import converter_parser, print_report
 from cosyvoice_pack import find_yaml
 from torch import Tensor
 
@@ -27,10 +26,11 @@ from hf_speechllm.models.modeling_cosyvoice2_flow import CosyVoice2FlowModel
 from hf_speechllm.models.modeling_cosyvoice3_flow import CosyVoice3FlowModel
 from hf_speechllm.models.modeling_cosyvoice_flow import CosyVoiceFlowModel
 from hf_speechllm.models.token_to_mel import TokenToMelModel
+from hf_speechllm.upstream.checkpoint_file import write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
-from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader, KeyTable
@@ -610,7 +610,7 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
     config = load_config(Path(model_dir))
     state = restore_weights(read_safetensors(Path(model_dir) / MODEL_WEIGHTS_NAME), config)
     with staged_directory(pack) as stage:
-        torch.save(state, stage / WEIGHTS_NAME)
+        write_state_dict(stage / WEIGHTS_NAME, state)
         outputs = sha256_of_files(stage)
     return {"converter": "cosyvoice_flow", "direction": "reverse", "outputs": outputs}
 
@@ -622,32 +622,19 @@ def load_config(model_dir: Path) -> Config:
         ConversionError: another model, or values that no flow has.
     """
     path = model_dir / "config.json"
-    content = read_json_mapping(path)
     by_type = {config.model_type: config for config in MODELS}
-    if content.get("model_type") not in by_type:
-        raise ConversionError(
-            "another model", file=path, key="model_type", expected=sorted(by_type), actual=content.get("model_type")
-        )
+    kind = by_type[require_model_type(model_dir, by_type)]
     try:
-        return by_type[content["model_type"]].from_pretrained(model_dir, local_files_only=True)
+        return kind.from_pretrained(model_dir, local_files_only=True)
     except ValueError as error:
         raise ConversionError("contradictory configuration", file=path, actual=str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 1 with one line on stderr when the conversion is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="PACK, or with --reverse the model folder")
-    parser.add_argument("destination", type=Path, help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="write an upstream pack from a model folder")
-    options = parser.parse_args(arguments)
-    try:
-        report = (restore if options.reverse else convert)(options.source, options.destination)
-    except ConversionError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    """Command line, see `print_report`."""
+    options = converter_parser(__doc__, "write an upstream pack from a model folder").parse_args(arguments)
+    run = restore if options.reverse else convert
+    return print_report(lambda: run(options.source, options.destination))
 
 
 if __name__ == "__main__":

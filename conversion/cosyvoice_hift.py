@@ -19,10 +19,11 @@ from hf_speechllm.models.configuration_cosyvoice_hift import CosyVoiceHiftConfig
 from hf_speechllm.models.feature_extraction_cosyvoice_mel import CosyVoiceMelFeatureExtractor
 from hf_speechllm.models.modeling_cosyvoice3_hift import CosyVoice3HiftModel, upstream_noise_state
 from hf_speechllm.models.modeling_cosyvoice_hift import CosyVoiceHiftModel
+from hf_speechllm.upstream.checkpoint_file import write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
-from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
@@ -418,7 +419,7 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
     config = load_config(model_dir)
     state = restore_weights(read_safetensors(model_dir / MODEL_NAME), config)
     with staged_directory(pack) as stage:
-        torch.save(state, stage / WEIGHTS_NAME)
+        write_state_dict(stage / WEIGHTS_NAME, state)
         outputs = sha256_of_files(stage)
     return {"converter": "cosyvoice_hift", "direction": "reverse", "warnings": [], "outputs": outputs}
 
@@ -429,11 +430,5 @@ def load_config(model_dir: Path) -> CosyVoiceHiftConfig:
     Raises:
         ConversionError: it is none.
     """
-    path = model_dir / "config.json"
-    content = read_json_mapping(path)
     kinds = {kind.model_type: kind for kind in (CosyVoiceHiftConfig, CosyVoice3HiftConfig)}
-    if content.get("model_type") not in kinds:
-        raise ConversionError(
-            "another model", file=path, key="model_type", expected=sorted(kinds), actual=content.get("model_type")
-        )
-    return kinds[content["model_type"]].from_pretrained(model_dir, local_files_only=True)
+    return kinds[require_model_type(model_dir, kinds)].from_pretrained(model_dir, local_files_only=True)

@@ -20,10 +20,12 @@ from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
 from hf_speechllm.models.configuration_cosyvoice_transformer_lm import CosyVoiceTransformerLmConfig
 from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
 from hf_speechllm.models.modeling_cosyvoice_transformer_lm import CosyVoiceTransformerLm
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
 from hf_speechllm.upstream.json_config import read_json_mapping
+from hf_speechllm.upstream.model_folder import require_model_type
 from hf_speechllm.upstream.safetensors_file import read_safetensors, write_safetensors
 from hf_speechllm.upstream.staging import sha256_of_file, sha256_of_files, staged_directory, write_report
 from hf_speechllm.upstream.typed_config import ConfigReader
@@ -495,17 +497,8 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
 
     Upstream builds its Qwen2 from that folder before it loads `llm.pt`, so that the weights are in both.
     """
-    settings = read_json_mapping(model_dir / "config.json", MAX_JSON_BYTES)
     kinds = {"cosyvoice_lm": CosyVoiceLmConfig, "cosyvoice_transformer_lm": CosyVoiceTransformerLmConfig}
-    if settings.get("model_type") not in kinds:
-        raise ConversionError(
-            "not a language model of CosyVoice",
-            file=model_dir / "config.json",
-            key="model_type",
-            expected=sorted(kinds),
-            actual=settings.get("model_type"),
-        )
-    config = kinds[settings["model_type"]].from_pretrained(model_dir)
+    config = kinds[require_model_type(model_dir, kinds)].from_pretrained(model_dir)
     state = restore_weights(read_safetensors(model_dir / "model.safetensors"), config)
     report: dict[str, object] = {
         "converter": "cosyvoice_lm",
@@ -515,7 +508,7 @@ def restore(model_dir: Path, pack: Path) -> dict[str, object]:
     version = 1 if isinstance(config, CosyVoiceTransformerLmConfig) else config.version
     with staged_directory(pack) as stage:
         (stage / YAML_NAMES[version - 1]).write_text(upstream_yaml(config), encoding="utf-8")
-        torch.save(compact(state), stage / WEIGHTS_NAME)
+        write_state_dict(stage / WEIGHTS_NAME, compact(state))
         if version > 1:
             write_qwen_folder(stage / QWEN_FOLDER, state, config)
         report["outputs"] = sha256_of_files(stage)
@@ -603,15 +596,3 @@ class _HyperDumper(yaml.SafeDumper):
 _HyperDumper.add_representer(
     Call, lambda dumper, call: dumper.represent_mapping(f"!{call.kind}:{call.target}", call.arguments)
 )
-
-
-def compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parts of a larger table get memory of their own, shared where upstream shares it: a view saves all of it."""
-    copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-    result = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place not in copies:
-            copies[place] = tensor.clone()
-        result[name] = copies[place]
-    return result

@@ -87,7 +87,7 @@ def test_corrupt_bytes_raise(content):
 def test_missing_file_and_directory_raise(tmp_path):
     with pytest.raises(AudioError, match="none.wav: no such file"):
         load_audio(tmp_path / "none.wav")
-    with pytest.raises(AudioError, match="no such file"):
+    with pytest.raises(AudioError, match="expected a file, got a folder"):
         load_audio(tmp_path)
 
 

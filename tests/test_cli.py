@@ -14,6 +14,7 @@ from conftest import WORDS, speech_like
 from typer.testing import CliRunner
 
 import hf_speechllm
+from hf_speechllm.audio import load_audio
 from hf_speechllm.cli import app
 from hf_speechllm.subtitles import cues, to_srt, to_vtt
 
@@ -100,13 +101,66 @@ def test_bad_audio_is_one_line_and_the_others_are_transcribed(tiny_model_dir, re
     assert "Traceback" not in result.output
     assert result.stdout.startswith(str(recordings[0]))
     output = tmp_path / "out.txt"
-    run("transcribe", broken, "--model", tiny_model_dir, "--output", output, code=1)
+    run("transcribe", broken, "--model", tiny_model_dir, "--output", output, code=2)
     assert not output.exists()
 
 
 def test_bad_model_is_one_line(recordings, tmp_path):
-    result = run("transcribe", recordings[0], "--model", tmp_path / "nowhere", code=1)
+    result = run("transcribe", recordings[0], "--model", tmp_path / "nowhere", code=2)
     assert result.stderr.startswith("error: ") and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-m", "nowhere/at/all"), "nowhere/at/all: cannot be loaded"),
+        (("-m", "./nowhere"), "./nowhere: expected the folder of a model, or a Hub id; there is no such folder"),
+        (("-m", "empty"), "empty: not a model folder: expected config.json in it"),
+        (
+            ("-m", "bert"),
+            "bert: config.json: model_type: expected funasr_paraformer or funasr_sensevoice or wenet_u2pp",
+        ),
+        (("-o", "nowhere/out.txt"), "--output: nowhere/out.txt: expected an existing folder, got nowhere"),
+        (("--device", "gpu9"), "--device: expected one that torch has here, such as cpu, got 'gpu9'"),
+        (("--hotwords", "latin.txt"), "--hotwords: latin.txt: expected UTF-8 text, got byte 0xe9"),
+        (("--vad", "bert"), "bert: config.json: model_type: expected funasr_fsmn_vad, got bert"),
+        (("--punctuation", "bert"), "bert: config.json: model_type: expected funasr_ct_transformer, got bert"),
+    ],
+)
+def test_wrong_input_is_one_line(tiny_model_dir, recordings, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    error = run("transcribe", recordings[0], "-m", tiny_model_dir, *arguments, code=2).stderr
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.wav", "no such file"),
+        ("folder.wav", "expected a file, got a folder"),
+        ("noise.wav", "cannot be read as audio: expected audio (WAV), got what libsndfile cannot decode"),
+        ("noise.aac", "which libsndfile reads here, got AAC"),
+    ],
+)
+def test_what_is_no_audio_is_named(tiny_model_dir, tmp_path, name, message):
+    (tmp_path / "folder.wav").mkdir()
+    for noise in ("noise.wav", "noise.aac"):
+        (tmp_path / noise).write_bytes(b"no audio")
+    error = run("transcribe", tmp_path / name, "-m", tiny_model_dir, code=2).stderr
+    assert error.startswith(f"error: {tmp_path / name}: ") and message in error and error.count("\n") == 1
+
+
+def test_mp3_without_its_decoder_says_so(tmp_path, monkeypatch):
+    """libsndfile before 1.1 has none, and says that the file does not exist."""
+    monkeypatch.setattr(soundfile, "available_formats", lambda: {"WAV": "", "FLAC": ""})
+    (tmp_path / "speech.mp3").write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="expected one of FLAC, WAV, which libsndfile reads here, got MP3"):
+        load_audio(tmp_path / "speech.mp3")
 
 
 def test_stream_wav(tiny_model_dir, recordings):
@@ -128,8 +182,8 @@ def test_stream_raw_equals_stream_wav(tiny_model_dir, recordings):
 def test_stream_refuses_other_files(tiny_model_dir, tmp_path):
     path = tmp_path / "float.wav"
     soundfile.write(path, np.zeros(1600), 16000, subtype="FLOAT")
-    assert "expected 16-bit PCM, got FLOAT" in run("stream", path, "--model", tiny_model_dir, code=1).stderr
-    assert "no such file" in run("stream", tmp_path / "x.wav", "--model", tiny_model_dir, code=1).stderr
+    assert "expected 16-bit PCM, got FLOAT" in run("stream", path, "--model", tiny_model_dir, code=2).stderr
+    assert "no such file" in run("stream", tmp_path / "x.wav", "--model", tiny_model_dir, code=2).stderr
 
 
 def test_info(tiny_model_dir):

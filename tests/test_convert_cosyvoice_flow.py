@@ -264,7 +264,7 @@ def test_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["model_type"] == "cosyvoice3_flow"
     assert main(["--reverse", str(tmp_path / "model"), str(tmp_path / "back")]) == 0
     capsys.readouterr()
-    assert main([str(pack), str(tmp_path / "model")]) == 1
+    assert main([str(pack), str(tmp_path / "model")]) == 2
     assert "output directory is not empty" in capsys.readouterr().err
 
 

@@ -263,14 +263,14 @@ def test_command_line(tmp_path, pack, capsys):
     assert json.loads(capsys.readouterr().out)["model"] == "Paraformer"
     assert main(["--reverse", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     capsys.readouterr()
-    assert main([str(pack), str(tmp_path / "out")]) == 1
-    assert re.match(r"ConversionError: .*not empty", capsys.readouterr().err)
+    assert main([str(pack), str(tmp_path / "out")]) == 2
+    assert re.match(r"error: .*not empty", capsys.readouterr().err)
     done = subprocess.run(
         [sys.executable, str(ROOT / "conversion" / "convert_funasr.py"), str(tmp_path), str(tmp_path / "x")],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "config.yaml" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "config.yaml" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_wenet_paraformer_pack(tmp_path):

@@ -241,5 +241,5 @@ def test_command_line(one_pack, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["model_type"] == "speechtokenizer"
     assert main(["--reverse", str(tmp_path / "model"), str(tmp_path / "pack2")]) == 0
     assert {path.name for path in (tmp_path / "pack2").iterdir()} == {"config.json", "SpeechTokenizer.pt"}
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
-    assert capsys.readouterr().err.startswith("ConversionError: pack is not a directory")
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("error: pack is not a directory")

@@ -340,5 +340,5 @@ def test_command_line(tmp_path, pack, capsys):
     assert json.loads(capsys.readouterr().out)["converter"] == "wenet"
     assert main(["--reverse", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     capsys.readouterr()
-    assert main([str(tmp_path / "absent"), str(tmp_path / "other")]) == 1
-    assert "ConversionError: pack is not a directory" in capsys.readouterr().err
+    assert main([str(tmp_path / "absent"), str(tmp_path / "other")]) == 2
+    assert "error: pack is not a directory" in capsys.readouterr().err

@@ -178,6 +178,18 @@ def test_prompts_are_aligned_in_versions_2_and_3(models, version):
         assert not prompt.mel[row, count:].any()
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_prompts_that_are_given_stay_unaligned(models, version):
+    """Tokens and frames as upstream's voice conversion passes them on: five tokens beside thirteen frames."""
+    model = models[version]
+    names = ("prompt_features", "prompt_fbank", "prompt_mel", "prompt_speech")
+    given = dict.fromkeys([*names[:2], *(f"{name}_mask" for name in names)])
+    given |= {"prompt_speech_ids": torch.tensor([[3, 1, 4, 1, 5]]), "prompt_mel": torch.randn(1, 13, 20)}
+    prompt = model.read_prompt(1, **given, speaker_embedding=torch.ones(1, 192))
+    assert torch.equal(prompt.speech_ids, given["prompt_speech_ids"]) and prompt.speech_mask.all()
+    assert torch.equal(prompt.mel, given["prompt_mel"]) and prompt.mel_mask.all()
+
+
 def test_empty_text_is_silence(models):
     """Alone and beside others."""
     model = models[2]

@@ -197,6 +197,21 @@ def test_pieces_come_as_soon_as_a_chunk_and_its_lookahead_are_there(version):
 
 
 @every_causal_version
+def test_hop_of_a_stream_does_not_change_that_of_the_next(version):
+    """Upstream doubles the hop while it speaks, up to fourfold, in the model itself: later requests start with it."""
+    model = tiny_flow(version)
+    item = speech(model, 40, 0, seed=0)
+    given = []
+    for _ in range(2):
+        state, frames = model.start_stream(**item.prompt(), num_steps=1), []
+        for index in range(40):
+            piece, state = model.stream_mel(state, item.tokens[:, index : index + 1], is_last=index == 39)
+            frames.append(piece.mel.shape[1])
+        given.append(frames)
+    assert given[0] == given[1] and {count for count in given[0][:-1] if count} == {8}
+
+
+@every_causal_version
 def test_several_streams_in_one_batch(version):
     """Rows get different numbers of tokens in every step, and end at different times."""
     model = tiny_flow(version)

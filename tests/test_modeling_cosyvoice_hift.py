@@ -16,6 +16,7 @@ from hf_speechllm.hub import clean_process
 from hf_speechllm.models import modeling_cosyvoice_hift
 from hf_speechllm.models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
 from hf_speechllm.models.cross_fade import cross_fade, hamming_window
+from hf_speechllm.models.edge_convolution import WholePass
 from hf_speechllm.models.modeling_cosyvoice3_hift import upstream_noise_state
 from hf_speechllm.models.modeling_cosyvoice_hift import CosyVoiceHiftModel
 
@@ -243,6 +244,19 @@ def test_upstream_streaming_overlaps_and_fades(models, version):
     assert torch.equal(torch.cat(found, dim=1), torch.cat(pieces, dim=1))
 
 
+@every_version
+@torch.no_grad()
+def test_pitch_of_upstream_is_of_single_precision(models, version):
+    """Versions 1 and 2; its errors, which differ with the length, sum up in the phase."""
+    model, mel = models[version], mel_of(40)
+    single = model.f0_predictor(mel.transpose(1, 2), WholePass(None, masked=version != 3))
+    exact = model.f0_predictor(mel.double().transpose(1, 2), WholePass(None, masked=version != 3)).float()
+    assert not torch.equal(single, exact)
+    torch.testing.assert_close(single, exact, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.predict_f0(mel), exact)
+    assert torch.equal(model.predict_f0(mel, compatibility="upstream"), exact if version == 3 else single)
+
+
 # -- noise of version 3 -----------------------------------------------------------------------------------------------
 def test_noise_is_that_of_upstream():
     """The recipe with torch's own modules, whose first weights come from the same generator."""
@@ -262,6 +276,15 @@ def test_noise_is_that_of_upstream():
     rest, _ = model.fixed_noise.draw(1667, 9, state)
     assert torch.equal(torch.cat((noise, rest)), expected)
     assert torch.equal(model.fixed_noise.state, upstream_noise_state(config))
+
+
+@torch.no_grad()
+def test_noise_of_version_3_is_drawn_when_it_is_needed(models):
+    """Upstream draws 300 s of it at import, out of the generator that everybody uses; here that one is left alone."""
+    model, before = models[3], torch.get_rng_state()
+    assert sum(buffer.numel() for name, buffer in model.named_buffers() if "noise" in name) < 10_000
+    first, second = model(mel_of(20)).waveform, model(mel_of(20)).waveform
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_published_noise():

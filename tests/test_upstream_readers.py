@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
 from hf_speechllm.upstream.cmvn import read_cmvn, write_json_cmvn
 from hf_speechllm.upstream.errors import ConversionError, UnsafeArtifactError
@@ -530,3 +531,28 @@ def test_staged_directory(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ConversionError, match="parent"), staged_directory(tmp_path / "no" / "where"):
         pytest.fail("entered")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_written_checkpoint_is_what_torch_would_have_saved(tmp_path):
+    """Parts of a table are written without the rest of it, tied names stay tied, and nothing is copied before."""
+    table = torch.arange(300_000.0).reshape(1000, 300)
+    state = {
+        **{"tied.a": table[:7], "tied.b": table[:7], "rest": table[7:9], "turned": table[:4].T},
+        **{"half": torch.ones(3, dtype=torch.bfloat16), "count": torch.tensor(5), "none": torch.zeros(0, 4)},
+        "flags": torch.tensor([True, False]),
+    }
+    small = compact(state)
+    assert small["rest"].data_ptr() == state["rest"].data_ptr()
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in small.values())
+    write_state_dict(tmp_path / "llm.pt", small)
+    assert (tmp_path / "llm.pt").stat().st_size < 40_000
+    for found in (torch.load(tmp_path / "llm.pt", weights_only=True), read_state_dict(tmp_path / "llm.pt")):
+        assert list(found) == list(state)
+        for name, tensor in state.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert found["tied.a"].data_ptr() == found["tied.b"].data_ptr() != found["rest"].data_ptr()
+    assert torch.equal(table, torch.arange(300_000.0).reshape(1000, 300))

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.lora import lora_config
     from hf_speechllm.train.run_config import RunConfigError, load_run_config
     from hf_speechllm.train.speech_preferences import SpeechDpoTrainer
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import save_merged
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
@@ -78,8 +79,7 @@ def main(argv: Sequence[str]) -> None:
     if adapter is not None and run.lora.merge and args.should_save:
         save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, Path(args.output_dir) / "merged")
     if args.should_save:
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
 
 
 if __name__ == "__main__":

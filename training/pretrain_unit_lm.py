@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.unit_lm_examples import pretraining_blocks
     from hf_speechllm.models.unit_string import unit_string
     from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import SFT_DEFAULTS, UnitLmRunConfig, load_unit_lm, read_rows
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> None:
         summary["eval_perplexity"] = math.exp(summary["eval_loss"])
     trainer.save_model(args.output_dir)
     if args.should_save:
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
 
 
 if __name__ == "__main__":

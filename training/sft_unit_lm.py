@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.unit_lm_examples import instruction_example
     from hf_speechllm.train.lora import unit_lm_lora_config
     from hf_speechllm.train.run_config import RunConfigError, load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import (
         SFT_DEFAULTS,
         UnitLmRunConfig,
@@ -79,8 +80,7 @@ def main(argv: Sequence[str]) -> None:
     if adapter is not None and run.lora.merge and args.should_save:
         save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, Path(args.output_dir) / "merged")
     if args.should_save:
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
 
 
 if __name__ == "__main__":

@@ -244,6 +244,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.lora import freeze, lora_config
     from hf_speechllm.train.metrics import recognition_metrics
     from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments
     from hf_speechllm.train.zero import whole_parameters
 
@@ -333,8 +334,7 @@ def main(argv: Sequence[str]) -> None:
                 processor.save_pretrained(Path(args.output_dir) / "merged")
     if args.should_save:
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
     # Left to the end of the interpreter, the threads of a process group now and then abort it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

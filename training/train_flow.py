@@ -137,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.averaging import average_checkpoints, select_checkpoints
     from hf_speechllm.train.flow_trainer import FlowTrainer
     from hf_speechllm.train.lora import freeze, lora_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.trainer import SpeechTrainingArguments
     from hf_speechllm.train.unit_lm_run import read_rows
 
@@ -197,8 +198,7 @@ def main(argv: Sequence[str]) -> None:
             tuned.merge_and_unload().save_pretrained(Path(args.output_dir) / "merged")
             extractor.save_pretrained(Path(args.output_dir) / "merged")
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.ctc_vocabulary import character_tokenizer
     from hf_speechllm.train.metrics import recognition_metrics
     from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
@@ -153,8 +154,7 @@ def main(argv: Sequence[str]) -> None:
             extractor.save_pretrained(folder)
         tokenizer.save_pretrained(output / "recogniser")
         summary["tokenizer_parameters"] = model.tokenizer.num_parameters()
-        (output / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(output, summary)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.averaging import average_checkpoints, select_checkpoints
     from hf_speechllm.train.run_config import load_run_config
     from hf_speechllm.train.speaker_classifier import SpeakerClassifier, initialize_convolutions
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
@@ -163,8 +164,7 @@ def main(argv: Sequence[str]) -> None:
         output = Path(args.output_dir)
         encoder.save_pretrained(output)
         extractor.save_pretrained(output)
-        (output / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(output, summary)
 
 
 if __name__ == "__main__":

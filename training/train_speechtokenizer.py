@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -109,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.mel_loss import MultiScaleMelLoss
     from hf_speechllm.train.run_config import load_run_config
     from hf_speechllm.train.speechtokenizer_step import LOSS_WEIGHTS, SpeechTokenizerStep, reconstruction_metrics
+    from hf_speechllm.train.summary import write_summary
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     own = [entry.name for entry in dataclasses.fields(CodecArguments)]
@@ -166,8 +166,7 @@ def main(argv: Sequence[str]) -> None:
     metrics = trainer.train(resume=options.resume)
     if trainer.accelerator.is_main_process:
         summary = {**sizes, **metrics, "seed": args.seed, "steps": trainer.step_number}
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

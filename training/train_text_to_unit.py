@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
     from hf_speechllm.models.unit_string import unit_string
     from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.text_tokenizer import train_byte_bpe
     from hf_speechllm.train.unit_lm_run import UnitLmRunConfig, read_rows
     from hf_speechllm.train.unit_vocabulary import add_unit_tokens
@@ -86,8 +86,7 @@ def main(argv: Sequence[str]) -> None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
     if args.should_save:
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.ctc_vocabulary import character_tokenizer
     from hf_speechllm.train.metrics import recognition_metrics
     from hf_speechllm.train.run_config import load_run_config
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.trainer import SpeechRecognitionTrainer, SpeechTrainingArguments
 
     class UnitEncoderTrainer(SpeechRecognitionTrainer):
@@ -97,8 +98,7 @@ def main(argv: Sequence[str]) -> None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
     if args.should_save:
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.discriminators import build_discriminators
     from hf_speechllm.train.gan_trainer import GanTrainer, GanTrainingArguments, GeneratorStep
     from hf_speechllm.train.mel_loss import MultiScaleMelLoss
+    from hf_speechllm.train.summary import write_summary
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in dataclasses.fields(GanTrainingArguments)] + ["resume"]
@@ -269,8 +270,7 @@ def main(argv: Sequence[str]) -> None:
     if trainer.accelerator.is_main_process:
         done.save_pretrained(args.output_dir)
         summary = {**sizes, **metrics, "seed": args.seed, "steps": trainer.step_number}
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

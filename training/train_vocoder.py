@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_speechllm.train.run_config import DataArguments, ModelArguments, load_run_config
@@ -151,6 +150,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.waveform_crops import WaveformCropDataset, collate_crops
     from hf_speechllm.train.discriminators import build_discriminators
     from hf_speechllm.train.gan_trainer import GanTrainer, GanTrainingArguments
+    from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.vocoder_step import LOSS_WEIGHTS, VocoderStep, resynthesis_metrics
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
@@ -205,8 +205,7 @@ def main(argv: Sequence[str]) -> None:
             done.fold_weight_norm()
             done.save_pretrained(args.output_dir)
         summary = {**sizes, **metrics, "seed": args.seed, "steps": trainer.step_number}
-        (Path(args.output_dir) / "training_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(json.dumps(summary), flush=True)
+        write_summary(args.output_dir, summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -5,6 +5,7 @@ Shape legend: `b` batch, `n` and `t` positions. In every mask 1 = real.
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def row_lengths(name: str, mask: Tensor | None, values: Tensor) -> Tensor:
@@ -32,6 +33,23 @@ def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
     """As [`length_mask`], `None` where nothing is padding."""
     mask = length_mask(lengths, size)
     return None if bool(mask.all()) else mask
+
+
+def with_mask(name: str, values: Tensor, lengths: Tensor, mask_name: str | None = None) -> dict[str, Tensor]:
+    """`values (b, n, …)` and their mask `(b, n)`, int64, under names of inputs; the padding becomes 0.
+
+    Args:
+        mask_name: by default `name` and `_mask`.
+    """
+    mask = length_mask(lengths, values.shape[1])
+    padding = ~mask.reshape(*mask.shape, *[1] * (values.dim() - 2))
+    return {name: values.masked_fill(padding, 0), mask_name or f"{name}_mask": mask.long()}
+
+
+def padded_with_mask(name: str, rows: list[Tensor], mask_name: str | None = None) -> dict[str, Tensor]:
+    """Rows `(n, …)` of different lengths as one tensor, and its mask, see [`with_mask`]."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    return with_mask(name, pad_sequence(rows, batch_first=True), lengths, mask_name)
 
 
 def join_rows(first: Tensor, first_lengths: Tensor, second: Tensor, second_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutomaticSpeechRecognitionPipeline,
@@ -32,8 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .audio_file import decode_audio_file
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .audio_input import AUDIO_KEYS, read_audio
 from .resampling import resample
 
 
@@ -197,32 +195,12 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
 
     def _read(self, inputs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         """Mono waveform `(samples,)` at the model's rate, and the entries of a dictionary that are not audio."""
-        rate = self.feature_extractor.sampling_rate
-        extra = {}
-        if isinstance(inputs, dict):
-            inputs = dict(inputs)
-            extra = {k: v for k, v in inputs.items() if k not in ("array", "raw", "bytes", "path", "sampling_rate")}
-            samples = inputs.get("raw") if inputs.get("raw") is not None else inputs.get("array")
-            if samples is not None:
-                if "sampling_rate" not in inputs:
-                    raise AudioError("audio: a dictionary with samples needs `sampling_rate`")
-                waveform, rate = to_mono_waveform(samples), inputs["sampling_rate"]
-            elif inputs.get("bytes") is not None:
-                waveform, rate = decode_audio_file(inputs["bytes"])
-            elif inputs.get("path") is not None:
-                waveform, rate = decode_audio_file(inputs["path"])
-            else:
-                raise AudioError(f"audio: expected `array`, `raw`, `bytes` or `path`, got {list(inputs)}")
-        elif isinstance(inputs, np.ndarray | torch.Tensor):
-            waveform = to_mono_waveform(inputs)
-        elif isinstance(inputs, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(inputs, "read"):
-            waveform, rate = decode_audio_file(inputs)
-        else:
-            name = type(inputs).__name__
-            raise AudioError(f"audio: expected a path, bytes, a file, an array or a dictionary, got {name}")
-        if rate != int(rate) or rate <= 0:
-            raise AudioError(f"sampling_rate: expected a positive integer in Hz, got {rate}")
-        return resample(waveform.cpu(), int(rate), self.feature_extractor.sampling_rate), extra
+        own = self.feature_extractor.sampling_rate
+        if not isinstance(inputs, dict):
+            waveform, rate = read_audio(inputs, own)
+            return resample(waveform, rate, own), {}
+        waveform, rate = read_audio(inputs)
+        return resample(waveform, rate, own), {k: v for k, v in inputs.items() if k not in AUDIO_KEYS}
 
     def _forward(
         self, model_inputs: dict[str, Any], return_timestamps: bool = False, **generate_kwargs: Any

@@ -1,8 +1,8 @@
 """Command line: `hf-speechllm transcribe | stream | synthesize | info`.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. Text goes to standard
-output, everything else to standard error. Exit codes: 0 all done, 1 something could not be transcribed or loaded,
-2 wrong usage.
+output, everything else to standard error. Exit codes: 0 all done, 1 some of several files could not be transcribed,
+2 wrong usage or input, and nothing was written.
 """
 
 import json
@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import __version__
-from .shipped import SHIPPED_SYNTHESISER, shipped_folder, shipped_model_path
+from .shipped import SHIPPED_MODEL, SHIPPED_SYNTHESISER, shipped_folder
 from .subtitles import to_srt, to_vtt
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     import numpy as np
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 STREAM_BLOCK_SECONDS = 0.16
+RECOGNISERS = ("wenet_u2pp", "funasr_paraformer", "funasr_sensevoice")
 
 
 class Format(str, Enum):
@@ -63,10 +64,10 @@ TrustOption = Annotated[
 ]
 
 
-def _fail(message: object, code: int = 1) -> typer.Exit:
+def _fail(message: object) -> typer.Exit:
     """One line on standard error, and the exit to raise."""
     typer.echo(f"error: {' '.join(str(message).split())}", err=True)
-    return typer.Exit(code)
+    return typer.Exit(2)
 
 
 def _say_version(wanted: bool) -> None:
@@ -84,56 +85,89 @@ def main(
     """Speech recognition and synthesis with models in HuggingFace form."""
 
 
-def _resolve_model(model: str | None) -> str:
+def _resolve_model(model: str | None, shipped: str, description: str) -> str:
     """The model that was asked for, or the shipped one, which then says what it is on standard error."""
     if model is not None:
         return model
     try:
-        path = shipped_model_path()
+        path = shipped_folder("pretrained", shipped)
     except FileNotFoundError as error:
         raise _fail(f"no --model given, and {error}") from error
-    typer.echo(
-        f"no --model given: using the shipped {path.name}, a tiny English model that knows only the digits 0 to 9",
-        err=True,
-    )
+    typer.echo(f"no --model given: using the shipped {shipped}, {description}", err=True)
     return str(path)
 
 
-def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model in evaluation mode, and its processor; loading trouble ends the program with one line."""
-    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+def _resolve_recogniser(model: str | None) -> str:
+    return _resolve_model(model, SHIPPED_MODEL, "a tiny English model that knows only the digits 0 to 9")
+
+
+def _from_pretrained(model: str, trust_remote_code: bool, model_types: "Container[str] | None", *classes: Any) -> list:
+    """What each class makes of a folder or Hub id; loading trouble ends the program with one line.
+
+    Args:
+        model_types: the families that can do what is asked for; `None` for whatever `classes` know.
+    """
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from . import auto  # noqa: F401
-    from .cpu_inference import pack_linear_weights
 
     logging.disable_progress_bar()
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise _fail(f"{model}: not a model folder: expected config.json in it")
+    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or model.startswith(".")):
+        raise _fail(f"{model}: expected the folder of a model, or a Hub id; {_what_is_at(folder)}")
+    options = {"trust_remote_code": trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-        network = AutoModelForSpeechSeq2Seq.from_pretrained(model, trust_remote_code=trust_remote_code).eval()
+        model_type = AutoConfig.from_pretrained(model, **options).model_type
+        if model_types is not None and model_type not in model_types:
+            expected = " or ".join(sorted(model_types))
+            raise _fail(f"{model}: config.json: model_type: expected {expected}, got {model_type}")
+        return [kind.from_pretrained(model, **options) for kind in classes]
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _fail(f"{model}: cannot be loaded: {error}") from error
-    pack_linear_weights(network)
+
+
+def _what_is_at(path: Path) -> str:
+    return "it is a file" if path.is_file() else "there is no such folder"
+
+
+def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A recogniser in evaluation mode, and its processor."""
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    from .cpu_inference import pack_linear_weights
+
+    # The code of a stranger's model says itself what it can do.
+    families = None if trust_remote_code else RECOGNISERS
+    processor, network = _from_pretrained(model, trust_remote_code, families, AutoProcessor, AutoModelForSpeechSeq2Seq)
+    pack_linear_weights(network.eval())
     return network, processor
 
 
-def _load_helper(model: str, trust_remote_code: bool, with_tokenizer: bool = False) -> Any:
-    """A detector of speech in evaluation mode, or a punctuation model and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
+def _check_device(device: str) -> None:
+    import torch
 
     try:
-        network = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code).eval()
-        if not with_tokenizer:
-            return network
-        return network, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _fail(f"{model}: cannot be loaded: {error}") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise _fail(f"--device: expected one that torch has here, such as cpu, got {device!r}: {reason}") from error
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise _fail(f"--output: {output}: expected an existing folder, got {output.parent}")
 
 
 def _read_hotwords(path: Path | None) -> list[str] | None:
     if path is None:
         return None
-    phrases = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        phrases = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise _fail(f"--hotwords: {path}: expected UTF-8 text, got byte {error.object[error.start]:#x}") from error
     return [phrase for phrase in phrases if phrase] or None
 
 
@@ -162,13 +196,18 @@ def transcribe(
 ) -> None:
     """Transcribe audio files.
 
-    A file that cannot be read is named on standard error, the others are still transcribed, and the exit code is 1.
+    A file that cannot be read is named on standard error, the others are still transcribed, and the exit code is 1;
+    2 if no file could be read.
     """
     if format in (Format.srt, Format.vtt) and len(files) > 1:
-        raise _fail(f"--format {format.value} takes one file, got {len(files)}", code=2)
+        raise _fail(f"--format {format.value} takes one file, got {len(files)}")
     if vad is not None and chunk_length is not None:
-        raise _fail("--chunk-length: with --vad the pauses decide where audio is cut; give one of the two", code=2)
-    network, processor = _load(_resolve_model(model), trust_remote_code)
+        raise _fail("--chunk-length: with --vad the pauses decide where audio is cut; give one of the two")
+    _check_output(output)
+    _check_device(device)
+    network, processor = _load(_resolve_recogniser(model), trust_remote_code)
+
+    from transformers import AutoModel, AutoTokenizer
 
     from .models.pipeline_speech_recognition import SpeechRecognitionPipeline
 
@@ -184,9 +223,11 @@ def transcribe(
     if chunk_length is not None:
         options["chunk_length_s"] = chunk_length
     if vad is not None:
-        options["vad"] = _load_helper(vad, trust_remote_code)
+        options["vad"] = _from_pretrained(vad, trust_remote_code, ["funasr_fsmn_vad"], AutoModel)[0].eval()
     if punctuation is not None:
-        options["punctuation"] = _load_helper(punctuation, trust_remote_code, with_tokenizer=True)
+        families = ["funasr_ct_transformer"]
+        helper, words = _from_pretrained(punctuation, trust_remote_code, families, AutoModel, AutoTokenizer)
+        options["punctuation"] = (helper.eval(), words)
     recognise = SpeechRecognitionPipeline(
         model=network,
         processor=processor,
@@ -225,7 +266,7 @@ def transcribe(
         partial.write_text(text, encoding="utf-8")
         partial.replace(output)
     if failures:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if results else 2)
 
 
 def iter_inputs(audio: "list[np.ndarray]"):
@@ -275,7 +316,7 @@ def stream(
         blocks, rate = _raw_blocks(sys.stdin.buffer, sampling_rate), sampling_rate
     else:
         blocks, rate = _wav_blocks(Path(file))
-    network, processor = _load(_resolve_model(model), trust_remote_code)
+    network, processor = _load(_resolve_recogniser(model), trust_remote_code)
 
     import numpy as np
     import torch
@@ -284,7 +325,7 @@ def stream(
 
     target = processor.feature_extractor.sampling_rate
     if rate != target and file == "-":
-        raise _fail(f"--sampling-rate: this model expects raw input at {target} Hz, got {rate} Hz", code=2)
+        raise _fail(f"--sampling-rate: this model expects raw input at {target} Hz, got {rate} Hz")
     if rate != target:
         samples = np.concatenate([*blocks, np.zeros(0, dtype=np.float32)])
         samples = resample(torch.from_numpy(samples), rate, target).numpy()
@@ -401,25 +442,31 @@ def synthesize(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Say a text, in a voice that the model knows or in that of a recording."""
+    if not speakers:
+        if (text is None) == (source_audio is None):
+            raise _fail(f"expected TEXT, or --source-audio, got {'neither' if text is None else 'both'}")
+        if stream and speed != 1.0:
+            raise _fail("--speed: a stream cannot change it")
+        _check_output(output)
+    _check_device(device)
     speak = _load_synthesiser(model, device, trust_remote_code)
     if speakers:
         for name in speak.processor.speakers:
             typer.echo(name)
         return
-    if (text is None) == (source_audio is None):
-        raise _fail("expected TEXT, or --source-audio", code=2)
-    if stream and speed != 1.0:
-        raise _fail("--speed: a stream cannot change it", code=2)
+    text = sys.stdin.read() if text == "-" else text
+    if text is not None and not speak.processor.split_text(text, normalize):
+        raise _fail(f"TEXT: expected words, got {text!r}")
     known = list(speak.processor.speakers)
-    if speaker is None and prompt_audio is None and known:
+    takes_first_voice = speaker is None and prompt_audio is None and bool(known)
+    if takes_first_voice:
         speaker = known[0]
-        typer.echo(f"no --speaker and no --prompt-audio given: using the voice {speaker!r}", err=True)
     voice = {
         **{"mode": mode, "speaker": speaker, "prompt_audio": prompt_audio, "prompt_text": prompt_text},
         **{"instruct": instruct, "source_audio": source_audio},
     }
     voice = {name: value for name, value in voice.items() if value is not None}
-    item = {} if text is None else {"text": sys.stdin.read() if text == "-" else text}
+    item = {} if text is None else {"text": text}
     options = {"seed": seed, "normalize": normalize}
     rate = speak.model.config.sampling_rate
     try:
@@ -430,35 +477,23 @@ def synthesize(
             seconds = _write_stream(iter([audio]), output, rate)
     except (ValueError, KeyError) as error:
         raise _fail(error.args[0] if error.args else error) from error
+    if takes_first_voice:
+        typer.echo(f"no --speaker and no --prompt-audio given: using the voice {speaker!r}", err=True)
     typer.echo(f"{seconds:.2f} s of audio: {output}", err=True)
 
 
 def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool) -> Any:
-    """The pipeline of a synthesiser; loading trouble ends the program with one line."""
-    if model is None:
-        try:
-            model = str(shipped_folder("pretrained", SHIPPED_SYNTHESISER))
-        except FileNotFoundError as error:
-            raise _fail(f"no --model given, and {error}") from error
-        typer.echo(
-            f"no --model given: using the shipped {SHIPPED_SYNTHESISER}, a tiny English voice that knows only digits",
-            err=True,
-        )
-    from transformers import AutoModelForTextToWaveform, AutoProcessor
-    from transformers.utils import logging
+    """The pipeline of a synthesiser."""
+    model = _resolve_model(model, SHIPPED_SYNTHESISER, "a tiny English voice that knows only digits")
 
-    from . import auto  # noqa: F401
+    from transformers import AutoModelForTextToWaveform, AutoProcessor
+
     from .models.pipeline_cosyvoice import CosyVoiceTextToSpeechPipeline
 
-    logging.disable_progress_bar()
-    try:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-        network = AutoModelForTextToWaveform.from_pretrained(model, trust_remote_code=trust_remote_code).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _fail(f"{model}: cannot be loaded: {error}") from error
-    if network.config.model_type != "cosyvoice":
-        raise _fail(f"{model}: model_type: expected 'cosyvoice', got {network.config.model_type!r}")
-    return CosyVoiceTextToSpeechPipeline(network, processor, device=device)
+    processor, network = _from_pretrained(
+        model, trust_remote_code, ["cosyvoice"], AutoProcessor, AutoModelForTextToWaveform
+    )
+    return CosyVoiceTextToSpeechPipeline(network.eval(), processor, device=device)
 
 
 def _write_stream(pieces: "Iterator[np.ndarray]", output: Path, sampling_rate: int) -> float:
@@ -492,7 +527,7 @@ def info(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Tell what a model is: family, size, vocabulary, sampling rate, streaming."""
-    network, processor = _load(_resolve_model(model), trust_remote_code)
+    network, processor = _load(_resolve_recogniser(model), trust_remote_code)
     config = network.config
     parameters = sum(parameter.numel() for parameter in network.parameters())
     facts = {

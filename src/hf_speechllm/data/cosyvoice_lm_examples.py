@@ -96,13 +96,31 @@ def two_streams(
     return LmExample(inputs, [IGNORED, *targets])
 
 
-class SpeechLmDataset(Dataset):
+class PairDataset(Dataset):
+    """Pairs, and a number for each that is drawn anew in each epoch that `set_epoch` tells."""
+
+    def __init__(self, pairs: Sequence[SpeechPair], seed: int) -> None:
+        self.pairs, self.seed, self.epoch = pairs, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by `Trainer` at the start of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def draw(self, index: int) -> float:
+        """In [0, 1), the same in each run."""
+        return random.Random(f"{self.seed}:{self.epoch}:{index}").random()
+
+
+class SpeechLmDataset(PairDataset):
     """Pairs as sequences of version 2 or 3.
 
     Args:
         pairs ([`SpeechPair`]s), config ([`CosyVoiceLmConfig`]).
         two_stream_probability (`float`): share of the pairs with enough speech that get blocks (upstream: 0.5).
-        seed (`int`): of that choice, which is made anew in each epoch that `set_epoch` tells.
+        seed (`int`): of that choice, see [`PairDataset`].
     """
 
     def __init__(
@@ -112,23 +130,13 @@ class SpeechLmDataset(Dataset):
         two_stream_probability: float = 0.5,
         seed: int = 0,
     ) -> None:
-        self.pairs = pairs
-        self.config = config
-        self.two_stream_probability = two_stream_probability
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` at the start of an epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        super().__init__(pairs, seed)
+        self.config, self.two_stream_probability = config, two_stream_probability
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         pair = self.pairs[index]
-        draw = random.Random(f"{self.seed}:{self.epoch}:{index}").random()
-        blocks = draw < self.two_stream_probability and can_interleave(self.config, pair.text_ids, pair.speech_ids)
+        blocks = self.draw(index) < self.two_stream_probability
+        blocks = blocks and can_interleave(self.config, pair.text_ids, pair.speech_ids)
         example = (two_streams if blocks else one_stream)(
             self.config, pair.text_ids, pair.speech_ids, pair.instruct_ids
         )
@@ -151,13 +159,13 @@ class SpeechLmCollator:
         }
 
 
-class SpeakerLmDataset(Dataset):
+class SpeakerLmDataset(PairDataset):
     """Pairs as examples of version 1.
 
     Args:
         pairs ([`SpeechPair`]s), config ([`CosyVoiceTransformerLmConfig`]).
         speaker_dropout (`float`): share of the examples whose speaker is withheld, as it is in instruct mode.
-        seed (`int`): of that choice, see [`SpeechLmDataset`].
+        seed (`int`): of that choice, see [`PairDataset`].
     """
 
     def __init__(
@@ -167,22 +175,12 @@ class SpeakerLmDataset(Dataset):
         speaker_dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.pairs = pairs
-        self.config = config
-        self.speaker_dropout = speaker_dropout
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` at the start of an epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        super().__init__(pairs, seed)
+        self.config, self.speaker_dropout = config, speaker_dropout
 
     def __getitem__(self, index: int) -> dict[str, object]:
         pair = self.pairs[index]
-        withheld = random.Random(f"{self.seed}:{self.epoch}:{index}").random() < self.speaker_dropout
+        withheld = self.draw(index) < self.speaker_dropout
         known = bool(pair.speaker_embedding) and not withheld
         size = self.config.speaker_embedding_size
         return {

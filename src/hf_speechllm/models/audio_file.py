@@ -50,7 +50,7 @@ def decode_audio_file(
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         if not os.path.isfile(name):
-            raise AudioError(f"{name}: no such file")
+            raise AudioError(f"{name}: {'expected a file, got a folder' if os.path.isdir(name) else 'no such file'}")
     else:
         name = str(getattr(source, "name", "<file object>"))
 
@@ -74,6 +74,9 @@ def decode_audio_file(
                 if num_frames > max_frames:
                     raise AudioError(f"{name}: duration: expected at most {max_duration_s:g} s")
                 blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
+    except soundfile.LibsndfileError as error:
+        reason = _reason(name, list(soundfile.available_formats()))
+        raise AudioError(f"{name}: cannot be read as audio: {reason}") from error
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         raise AudioError(f"{name}: cannot be read as audio: {error}") from error
 
@@ -81,3 +84,11 @@ def decode_audio_file(
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name}: contains NaN or infinite samples")
     return torch.from_numpy(np.ascontiguousarray(waveform)), sampling_rate
+
+
+def _reason(name: str, formats: list[str]) -> str:
+    """Why libsndfile refused a file; of a format that is not built into it, it would say that there is no file."""
+    kind = os.path.splitext(name)[1].removeprefix(".").upper()
+    if kind and kind not in formats:
+        return f"expected one of {', '.join(sorted(formats))}, which libsndfile reads here, got {kind}"
+    return f"expected audio{f' ({kind})' if kind else ''}, got what libsndfile cannot decode"

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .feature_extraction_kaldi_fbank import AudioError, mono_waveforms
 from .kaldi_fbank import kaldi_fbank
+from .ragged_rows import padded_with_mask
 
 
 class CampplusFeatureExtractor(SequenceFeatureExtractor):
@@ -44,19 +45,15 @@ class CampplusFeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(f"sampling_rate: expected {self.sampling_rate}, got {sampling_rate}")
-        single = isinstance(audio, np.ndarray | torch.Tensor) or (len(audio) > 0 and np.isscalar(audio[0]))
-        waveforms = [to_mono_waveform(item) for item in ([audio] if single else audio)]
         rows = []
-        for waveform in waveforms:
+        for waveform in mono_waveforms(audio):
             # Kaldi's features do not depend on a scale but for their floor; upstream computes them without one.
             frames = kaldi_fbank(waveform[None], sampling_rate=self.sampling_rate, num_mel_bins=self.feature_size)[0]
             if len(frames) == 0:
                 raise AudioError(f"audio: expected at least one window of 25 ms, got {len(waveform)} samples")
             rows.append(frames - frames.mean(dim=0))
-        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        counts = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(features.shape[1]) < counts[:, None]).long()
-        return BatchFeature({"input_features": features, "attention_mask": mask}, tensor_type=return_tensors)
+        data = padded_with_mask("input_features", rows, "attention_mask")
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 CampplusFeatureExtractor.register_for_auto_class()

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .feature_extraction_kaldi_fbank import AudioError, mono_waveforms
 from .hann_sinc_resampling import resample_hann_sinc
 from .kaldi_fbank import kaldi_fbank
 from .mel_spectrogram import log_mel_spectrogram, num_mel_frames
+from .ragged_rows import padded_with_mask, with_mask
 from .whisper_log_mel import num_whisper_frames, whisper_log_mel
 
 
@@ -74,21 +75,12 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             AudioError: NaN, a shape that is no waveform, or see [`check_prompt`].
         """
-        single = isinstance(audio, np.ndarray | Tensor) or (len(audio) > 0 and np.isscalar(audio[0]))
-        recordings = [to_mono_waveform(item) for item in ([audio] if single else audio)]
-        rates = [sampling_rate] * len(recordings) if isinstance(sampling_rate, int) else list(sampling_rate)
-        if len(rates) != len(recordings):
-            raise AudioError(f"sampling_rate: expected {len(recordings)}, one for each recording, got {len(rates)}")
+        recordings = self._recordings(audio, sampling_rate)
         mel_rate = _UPSTREAM_SAMPLING_RATE if compatibility == "upstream" else self.sampling_rate
-        low, full = [], []
-        for recording, rate in zip(recordings, rates, strict=True):
-            self.check_prompt(recording, rate)
-            low.append(resample_hann_sinc(recording, rate, ENCODER_SAMPLING_RATE))
-            full.append(resample_hann_sinc(recording, rate, mel_rate))
-        data = {}
-        data |= self.tokenizer_features("prompt_features", low)
-        fbank = [self.speaker_features(waveform) for waveform in low]
-        data |= padded_with_mask("prompt_fbank", fbank)
+        low = [resample_hann_sinc(waveform, rate, ENCODER_SAMPLING_RATE) for waveform, rate in recordings]
+        full = [resample_hann_sinc(waveform, rate, mel_rate) for waveform, rate in recordings]
+        data = self.tokenizer_features("prompt_features", low)
+        data |= padded_with_mask("prompt_fbank", [self.speaker_features(waveform) for waveform in low])
         counts = torch.tensor([len(waveform) for waveform in full])
         mel = log_mel_spectrogram(
             pad_sequence(full, batch_first=True),
@@ -99,8 +91,20 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
             num_mel_bins=self.feature_size,
             high_freq=self.high_freq,
         )
-        data |= masked("prompt_mel", mel, num_mel_frames(counts, self.hop_length))
+        data |= with_mask("prompt_mel", mel, num_mel_frames(counts, self.hop_length))
         return BatchFeature(data)
+
+    def _recordings(
+        self, audio: np.ndarray | Tensor | Sequence, sampling_rate: int | Sequence[int]
+    ) -> list[tuple[Tensor, int]]:
+        """Each recording and its rate, checked."""
+        waveforms = mono_waveforms(audio)
+        rates = [sampling_rate] * len(waveforms) if isinstance(sampling_rate, int) else list(sampling_rate)
+        if len(rates) != len(waveforms):
+            raise AudioError(f"sampling_rate: expected {len(waveforms)}, one for each recording, got {len(rates)}")
+        for waveform, rate in zip(waveforms, rates, strict=True):
+            self.check_prompt(waveform, rate)
+        return list(zip(waveforms, rates, strict=True))
 
     def check_prompt(self, waveform: Tensor, sampling_rate: int) -> None:
         """Refuse recordings that no prompt can be made of.
@@ -118,7 +122,7 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         """Whisper's log-mel frames of waveforms at 16 kHz, and their mask."""
         counts = torch.tensor([len(waveform) for waveform in waveforms])
         features = whisper_log_mel(pad_sequence(waveforms, batch_first=True), counts, self.tokenizer_mel_bins)
-        return masked(name, features, num_whisper_frames(counts))
+        return with_mask(name, features, num_whisper_frames(counts))
 
     def speaker_features(self, waveform: Tensor) -> Tensor:
         """Filter banks `(t, speaker_mel_bins)` of a waveform at 16 kHz, minus their mean."""
@@ -129,27 +133,9 @@ class CosyVoiceFeatureExtractor(SequenceFeatureExtractor):
         self, audio: np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor], sampling_rate: int | Sequence[int]
     ) -> BatchFeature:
         """`source_features` and their mask: what voice conversion reads of the speech that it keeps."""
-        single = isinstance(audio, np.ndarray | Tensor)
-        recordings = [to_mono_waveform(item) for item in ([audio] if single else audio)]
-        rates = [sampling_rate] * len(recordings) if isinstance(sampling_rate, int) else list(sampling_rate)
-        for recording, rate in zip(recordings, rates, strict=True):
-            self.check_prompt(recording, rate)
-        low = [
-            resample_hann_sinc(recording, rate, ENCODER_SAMPLING_RATE)
-            for recording, rate in zip(recordings, rates, strict=True)
-        ]
+        recordings = self._recordings(audio, sampling_rate)
+        low = [resample_hann_sinc(waveform, rate, ENCODER_SAMPLING_RATE) for waveform, rate in recordings]
         return BatchFeature(self.tokenizer_features("source_features", low))
-
-
-def masked(name: str, features: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Features and mask under their names; what lies behind an item's own frames is zero."""
-    mask = torch.arange(features.shape[1]) < counts[:, None]
-    return {name: features * mask[..., None], f"{name}_mask": mask.long()}
-
-
-def padded_with_mask(name: str, rows: list[Tensor]) -> dict[str, Tensor]:
-    """Rows of different lengths as one tensor, and its mask."""
-    return masked(name, pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]))
 
 
 CosyVoiceFeatureExtractor.register_for_auto_class()

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .feature_extraction_kaldi_fbank import AudioError, mono_waveforms
 from .mel_spectrogram import log_mel_spectrogram, num_mel_frames
 
 
@@ -71,8 +71,7 @@ class CosyVoiceMelFeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(f"sampling_rate: this extractor expects {self.sampling_rate} Hz, got {sampling_rate} Hz")
-        is_batch = isinstance(raw_speech, list | tuple) and len(raw_speech) > 0 and not np.isscalar(raw_speech[0])
-        waveforms = [to_mono_waveform(item) for item in (raw_speech if is_batch else [raw_speech])]
+        waveforms = mono_waveforms(raw_speech)
         if device is not None:
             waveforms = [waveform.to(device) for waveform in waveforms]
         num_samples = torch.tensor([len(waveform) for waveform in waveforms], device=waveforms[0].device)

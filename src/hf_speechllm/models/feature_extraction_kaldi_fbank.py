@@ -72,6 +72,12 @@ def to_mono_waveform(audio: np.ndarray | torch.Tensor | Sequence[float]) -> torc
     return waveform
 
 
+def mono_waveforms(audio: np.ndarray | torch.Tensor | Sequence) -> list[torch.Tensor]:
+    """One waveform (array, tensor or list of numbers) or a list of them, each as [`to_mono_waveform`] gives it."""
+    is_batch = isinstance(audio, list | tuple) and len(audio) > 0 and not np.isscalar(audio[0])
+    return [to_mono_waveform(item) for item in (audio if is_batch else [audio])]
+
+
 class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
     r"""Log-mel filter banks as Kaldi computes them, with optional low-frame-rate stacking and CMVN.
 
@@ -163,8 +169,7 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(f"sampling_rate: this extractor expects {self.sampling_rate} Hz, got {sampling_rate} Hz")
-        is_batch = isinstance(raw_speech, list | tuple) and len(raw_speech) > 0 and not np.isscalar(raw_speech[0])
-        waveforms = [to_mono_waveform(item) for item in (raw_speech if is_batch else [raw_speech])]
+        waveforms = mono_waveforms(raw_speech)
         if device is not None:
             waveforms = [waveform.to(device) for waveform in waveforms]
         num_samples = torch.tensor([len(waveform) for waveform in waveforms], device=waveforms[0].device)

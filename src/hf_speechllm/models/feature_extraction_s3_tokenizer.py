@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .feature_extraction_kaldi_fbank import AudioError, mono_waveforms
+from .ragged_rows import with_mask
 from .whisper_log_mel import num_whisper_frames, whisper_log_mel
 
 
@@ -44,14 +45,12 @@ class S3FeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(f"sampling_rate: expected {self.sampling_rate}, got {sampling_rate}")
-        single = isinstance(audio, np.ndarray | torch.Tensor) or (len(audio) > 0 and np.isscalar(audio[0]))
-        waveforms = [to_mono_waveform(item) for item in ([audio] if single else audio)]
+        waveforms = mono_waveforms(audio)
         num_samples = torch.tensor([len(waveform) for waveform in waveforms])
         padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
         features = whisper_log_mel(padded, num_samples, self.feature_size)
-        frames = num_whisper_frames(num_samples)
-        mask = (torch.arange(features.shape[1]) < frames[:, None]).long()
-        return BatchFeature({"input_features": features, "attention_mask": mask}, tensor_type=return_tensors)
+        data = with_mask("input_features", features, num_whisper_frames(num_samples), "attention_mask")
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 S3FeatureExtractor.register_for_auto_class()

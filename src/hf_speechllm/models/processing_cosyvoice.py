@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from .audio_file import decode_audio_file
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .audio_input import read_audio
+from .ragged_rows import padded_with_mask
 from .speakers_cosyvoice import SPEAKERS_NAME, CosyVoiceSpeaker, load_speakers, save_speakers
 from .text_normalization_cosyvoice import TextNormalizer, default_normalizer, prepare_text
 
@@ -83,35 +82,11 @@ class CosyVoiceProcessor(ProcessorMixin):
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     # -- recordings and speakers -------------------------------------------------------------------------------------
-    def read_audio(self, audio: Any, sampling_rate: int | None = None) -> tuple[Tensor, int]:
-        """Mono waveform `(samples,)`, float32, and its rate in Hz.
-
-        Args:
-            audio: a path, the bytes of a file, an open file, an array or tensor at `sampling_rate`, or a dictionary
-                with `array` or `raw` and `sampling_rate`, or with `bytes` or `path` (as data sets give it).
-
-        Raises:
-            AudioError: anything else, an unknown rate, or audio that cannot be used.
-        """
-        if isinstance(audio, dict):
-            samples = audio.get("array") if audio.get("array") is not None else audio.get("raw")
-            if samples is not None:
-                return self.read_audio(samples, audio.get("sampling_rate", sampling_rate))
-            source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
-            if source is None:
-                raise AudioError(f"audio: expected `array`, `raw`, `bytes` or `path`, got {list(audio)}")
-            return self.read_audio(source)
-        if isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(audio, "read"):
-            return decode_audio_file(audio)
-        if sampling_rate is None or sampling_rate != int(sampling_rate) or sampling_rate <= 0:
-            raise AudioError(f"sampling_rate: expected a positive integer in Hz, got {sampling_rate}")
-        return to_mono_waveform(audio).cpu(), int(sampling_rate)
-
     def prompt_features(
         self, audio: Sequence[Any], sampling_rate: int | None = None, compatibility: str | None = None
     ) -> BatchFeature:
-        """What the model's `encode_prompt` takes, of a list of recordings (see [`read_audio`])."""
-        recordings = [self.read_audio(item, sampling_rate) for item in audio]
+        """What the model's `encode_prompt` takes, of a list of recordings (see [`read_audio`] of `audio_input.py`)."""
+        recordings = [read_audio(item, sampling_rate) for item in audio]
         waveforms, rates = [waveform for waveform, _ in recordings], [rate for _, rate in recordings]
         return self.feature_extractor(waveforms, sampling_rate=rates, compatibility=compatibility)
 
@@ -211,12 +186,12 @@ class CosyVoiceProcessor(ProcessorMixin):
             raise ValueError("mode: expected voice_conversion for all rows or for none")
         data = self._voices(rows, sampling_rate, compatibility)
         if converts[0]:
-            recordings = [self.read_audio(row["source_audio"], sampling_rate) for row in rows]
+            recordings = [read_audio(row["source_audio"], sampling_rate) for row in rows]
             waveforms, rates = [waveform for waveform, _ in recordings], [rate for _, rate in recordings]
             return BatchFeature(data | self.feature_extractor.source_features(waveforms, rates))
         texts, prompts = zip(*(self._texts(row, normalize) for row in rows), strict=True)
-        data |= _padded("input_ids", "attention_mask", list(texts))
-        data |= _padded("prompt_input_ids", "prompt_attention_mask", list(prompts))
+        data |= padded_with_mask("input_ids", list(texts), "attention_mask")
+        data |= padded_with_mask("prompt_input_ids", list(prompts), "prompt_attention_mask")
         modes = [row["mode"] for row in rows]
         data["lm_reads_prompt_speech"] = torch.tensor([int(mode == "zero_shot") for mode in modes])
         data["lm_reads_speaker"] = torch.tensor([int(mode != "instruct") for mode in modes])
@@ -314,11 +289,11 @@ class CosyVoiceProcessor(ProcessorMixin):
                 speech.append(speaker.speech_ids if uses_recording else empty)
                 if uses_recording:
                     mels[number] = speaker.mel
-            data |= _padded("prompt_speech_ids", "prompt_speech_mask", speech)
+            data |= padded_with_mask("prompt_speech_ids", speech, "prompt_speech_mask")
             data["speaker_embedding"] = torch.stack(
                 [torch.zeros(size) if speaker is None else speaker.embedding for speaker in known]
             )
-        return data | _padded("prompt_mel", "prompt_mel_mask", mels)
+        return data | padded_with_mask("prompt_mel", mels)
 
     # -- files -------------------------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> Any:
@@ -361,11 +336,6 @@ def _rows(**arguments: Any) -> list[dict[str, Any]]:
         {name: value[row] if name in lists else value for name, value in arguments.items()}
         for row in range(sizes.pop() if sizes else 1)
     ]
-
-
-def _padded(name: str, mask_name: str, rows: list[Tensor]) -> dict[str, Tensor]:
-    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    return {name: pad_sequence(rows, batch_first=True), mask_name: pad_sequence(masks, batch_first=True)}
 
 
 CosyVoiceProcessor.register_for_auto_class()

@@ -3,7 +3,6 @@
 It owns a tokenizer and the templates, and no model: the one that turns recordings into units is given to a call.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .answers_speechgpt_lm import SpeechGptAnswer, parse_answer
 from .anygpt_dialogue import TEMPLATES, AnyGptAnswer, dialogue_text, parse_reply, speech_string, voice_message
-from .audio_file import decode_audio_file
-from .feature_extraction_kaldi_fbank import AudioError, to_mono_waveform
+from .audio_input import read_audio
 from .prompts_speechgpt_lm import (
     META_INSTRUCTION,
     STYLES,
@@ -180,27 +178,13 @@ class SpeechGptProcessor(ProcessorMixin):
         """Mono waveform `(samples,)`, float32, at `self.sampling_rate`.
 
         Args:
-            audio: a path, the bytes of a file, an open file, an array or tensor at `sampling_rate`, or a dictionary
-                with `array` and `sampling_rate`, or with `bytes` or `path` (as data sets give it).
+            audio, sampling_rate: see [`read_audio`] of `audio_input.py`.
 
         Raises:
-            AudioError: anything else, an unknown rate, or audio that cannot be used.
+            AudioError: audio that cannot be used, or an unknown rate.
         """
-        if isinstance(audio, dict):
-            samples = audio.get("array") if audio.get("array") is not None else audio.get("raw")
-            if samples is not None:
-                return self.read_audio(samples, audio.get("sampling_rate", sampling_rate))
-            source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
-            if source is None:
-                raise AudioError(f"audio: expected `array`, `raw`, `bytes` or `path`, got {list(audio)}")
-            return self.read_audio(source)
-        if isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(audio, "read"):
-            waveform, sampling_rate = decode_audio_file(audio)
-        else:
-            waveform = to_mono_waveform(audio).cpu()
-        if sampling_rate is None or sampling_rate != int(sampling_rate) or sampling_rate <= 0:
-            raise AudioError(f"sampling_rate: expected a positive integer in Hz, got {sampling_rate}")
-        return resample(waveform, int(sampling_rate), self.sampling_rate)
+        waveform, rate = read_audio(audio, sampling_rate)
+        return resample(waveform, rate, self.sampling_rate)
 
     @torch.no_grad()
     def encode_audio(

@@ -6,6 +6,7 @@ Paper: https://arxiv.org/abs/1901.02860. Upstream: `ConformerEncoder` without co
     score(i, j) = ((q_i + u)·k_j + (q_i + v)·W_p s(i - j)) / sqrt(d)
 
 with the sinusoid `s` of the distance. Only the distance counts, so padding on the left moves nothing.
+`relative_position_encoder.py` has the same score for the flows, over the keys of a stream of frames.
 
 While one token is decoded, `W_p^T (q_i + v)` is computed once per head and multiplied with the table itself. Upstream
 projects the whole table instead, in every layer at every step; the result is the same.

@@ -46,6 +46,16 @@ def with_channel(waveform: Tensor) -> Tensor:
     return waveform[:, None] if waveform.dim() == 2 else waveform
 
 
+def judge(layers: nn.ModuleList, score: nn.Module, hidden: Tensor) -> DiscriminatorOutput:
+    """One score per place, and the features of every layer on the way to it."""
+    features = []
+    for layer in layers:
+        hidden = functional.leaky_relu(layer(hidden), _SLOPE)
+        features.append(hidden)
+    scores = score(hidden)
+    return DiscriminatorOutput([scores.flatten(1)], [[*features, scores]])
+
+
 class PeriodDiscriminator(nn.Module):
     """Every `period`-th sample in a row of its own, then convolutions along the rows."""
 
@@ -65,12 +75,7 @@ class PeriodDiscriminator(nn.Module):
         if missing := -waveform.shape[-1] % self.period:
             waveform = functional.pad(waveform, (0, missing), mode="reflect")
         hidden = waveform.unflatten(-1, (-1, self.period))
-        features = []
-        for layer in self.layers:
-            hidden = functional.leaky_relu(layer(hidden), _SLOPE)
-            features.append(hidden)
-        scores = self.score(hidden)
-        return DiscriminatorOutput([scores.flatten(1)], [[*features, scores]])
+        return judge(self.layers, self.score, hidden)
 
 
 class ScaleDiscriminator(nn.Module):
@@ -102,12 +107,7 @@ class ScaleDiscriminator(nn.Module):
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
         hidden = with_channel(waveform)
-        features = []
-        for layer in self.layers:
-            hidden = functional.leaky_relu(layer(hidden), _SLOPE)
-            features.append(hidden)
-        scores = self.score(hidden)
-        return DiscriminatorOutput([scores.flatten(1)], [[*features, scores]])
+        return judge(self.layers, self.score, hidden)
 
 
 class StftDiscriminator(nn.Module):
@@ -170,12 +170,7 @@ class SpectrogramDiscriminator(nn.Module):
             return_complex=True,
         )
         hidden = spectrum.abs().transpose(1, 2)[:, None]
-        features = []
-        for layer in self.layers:
-            hidden = functional.leaky_relu(layer(hidden), _SLOPE)
-            features.append(hidden)
-        scores = self.score(hidden)
-        return DiscriminatorOutput([scores.flatten(1)], [[*features, scores]])
+        return judge(self.layers, self.score, hidden)
 
 
 class _Group(nn.Module):

@@ -11,6 +11,7 @@ import torch
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import read_utf8
+from .json_config import parse_json
 
 
 MAX_CMVN_BYTES = 4 << 20
@@ -70,21 +71,7 @@ def write_json_cmvn(mean: torch.Tensor, inverse_std: torch.Tensor) -> str:
 
 
 def _parse_json(text: str, path: str | PathLike[str]) -> tuple[list[float], list[float], float]:
-    def refuse(name: str) -> float:
-        raise UnsafeArtifactError("not a finite number", file=path, actual=name)
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise UnsafeArtifactError("key occurs twice", file=path, actual=[key for key, _ in pairs])
-        return table
-
-    try:
-        content = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-    except UnsafeArtifactError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UnsafeArtifactError("not valid JSON", file=path, actual=type(error).__name__) from None
+    content = parse_json(text, path)
     keys = {"mean_stat", "var_stat", "frame_num"}
     if not isinstance(content, dict) or set(content) != keys:
         actual = sorted(content) if isinstance(content, dict) else type(content).__name__

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 
-import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import read_utf8
-from .yaml_config import MAX_YAML_BYTES, PlainLoader
+from .yaml_config import MAX_YAML_BYTES, PlainLoader, construct_mapping, typed_yaml_errors
 
 
 _CALL_TAG = re.compile(r"!(new|name|apply):([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)")
@@ -72,27 +71,9 @@ def read_hyperpyyaml(path: str | PathLike[str]) -> dict[str, object]:
         ConversionError: a reference to nothing, arithmetic on something else than numbers, or a root that is no
             mapping.
     """
-    text = read_utf8(path, MAX_YAML_BYTES)
-    loader = None
-    try:
-        loader = _HyperLoader(text, path)
-        node = loader.get_single_node()
-        if not isinstance(node, MappingNode):
-            raise ConversionError("root of the document is not a mapping", file=path, key="<root>", expected="mapping")
-        loader.check_expansion(node)
-        document = loader.construct_document(node)
+    with typed_yaml_errors(path):
+        document = construct_mapping(_HyperLoader(read_utf8(path, MAX_YAML_BYTES), path))
         return _Resolver(document, path).resolve(document, 0)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = None if mark is None else f"line {mark.line + 1}"
-        raise UnsafeArtifactError("not valid yaml", file=path, key=where, actual=str(error).splitlines()[0]) from None
-    except (ValueError, RecursionError, OverflowError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise UnsafeArtifactError("not valid yaml", file=path, actual=type(error).__name__) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 class _HyperLoader(PlainLoader):

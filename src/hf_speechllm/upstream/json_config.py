@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from os import PathLike
-from pathlib import Path
 
 from .errors import ConversionError, UnsafeArtifactError
 from .files import read_utf8
@@ -20,7 +19,15 @@ def read_json(path: str | PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> obj
         UnsafeArtifactError: malformed, too large or too deep, a key that occurs twice, or NaN and infinity.
         ConversionError: the file is missing or empty.
     """
-    path = Path(path)
+    return parse_json(read_utf8(path, max_bytes), path)
+
+
+def parse_json(text: str, path: str | PathLike[str]) -> object:
+    """The document in `text`, which came from `path`.
+
+    Raises:
+        UnsafeArtifactError: see [`read_json`].
+    """
 
     def refuse(name: str) -> object:
         raise UnsafeArtifactError("not a finite number", file=path, actual=name)
@@ -32,7 +39,7 @@ def read_json(path: str | PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> obj
         return table
 
     try:
-        return json.loads(read_utf8(path, max_bytes), parse_constant=refuse, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except ConversionError:
         raise
     except (ValueError, RecursionError) as error:

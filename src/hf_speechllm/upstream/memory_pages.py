@@ -19,10 +19,16 @@ def release_pages(tensor: Tensor) -> None:
     A hint without an effect on the values: pages of a mapped file are read again when they are touched. Nothing
     happens where the system has no such hint.
     """
-    if not sys.platform.startswith("linux") or not tensor.is_contiguous():
+    if tensor.is_contiguous():
+        release_memory(tensor.data_ptr(), tensor.nbytes)
+
+
+def release_memory(address: int, size: int) -> None:
+    """As [`release_pages`], of the whole pages among the `size` bytes from `address`."""
+    if not sys.platform.startswith("linux"):
         return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_MADV_PAGEOUT))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 
 import yaml
@@ -27,15 +29,15 @@ def read_yaml_mapping(path: str | PathLike[str]) -> dict[str, object]:
             expand to more than 100,000 nodes or to themselves.
         ConversionError: the root is not a mapping.
     """
-    text = read_utf8(path, MAX_YAML_BYTES)
-    loader = None
+    with typed_yaml_errors(path):
+        return construct_mapping(PlainLoader(read_utf8(path, MAX_YAML_BYTES), path))
+
+
+@contextmanager
+def typed_yaml_errors(path: str | PathLike[str]) -> Iterator[None]:
+    """Turns what is raised for a document that is not valid into an `UnsafeArtifactError` that names the file."""
     try:
-        loader = PlainLoader(text, path)
-        node = loader.get_single_node()
-        if not isinstance(node, MappingNode):
-            raise ConversionError("root of the document is not a mapping", file=path, key="<root>", expected="mapping")
-        loader.check_expansion(node)
-        return loader.construct_document(node)
+        yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = None if mark is None else f"line {mark.line + 1}"
@@ -44,9 +46,24 @@ def read_yaml_mapping(path: str | PathLike[str]) -> dict[str, object]:
         if isinstance(error, ConversionError):
             raise
         raise UnsafeArtifactError("not valid yaml", file=path, actual=type(error).__name__) from None
+
+
+def construct_mapping(loader: PlainLoader) -> dict[str, object]:
+    """The one document of a loader, which is used up.
+
+    Raises:
+        ConversionError: its root is not a mapping. UnsafeArtifactError, YAMLError, ValueError: it is not valid.
+    """
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, MappingNode):
+            raise ConversionError(
+                "root of the document is not a mapping", file=loader.path, key="<root>", expected="mapping"
+            )
+        loader.check_expansion(node)
+        return loader.construct_document(node)
     finally:
-        if loader is not None:
-            loader.dispose()
+        loader.dispose()
 
 
 class PlainLoader(yaml.SafeLoader):
