@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import WORDS, speech_like
 from typer.testing import CliRunner
 
 import hf_speechllm
+from hf_speechllm import cpu_inference
 from hf_speechllm.audio import load_audio
 from hf_speechllm.cli import app
 from hf_speechllm.subtitles import cues, to_srt, to_vtt
@@ -82,6 +84,23 @@ def test_transcribe_options_reach_the_model(tiny_model_dir, recordings, tmp_path
         texts.add(text("--decoding", "ctc_prefix_beam_search", "--hotwords", phrases, "--num-beams", "4"))
     assert len(texts) > 1
     assert run("transcribe", recordings[0], "-m", tiny_model_dir, "--decoding", "magic", code=2).stderr
+
+
+@pytest.mark.parametrize("has_units", (True, False))
+def test_bfloat16_products_are_asked_for(tiny_model_dir, recordings, monkeypatch, has_units):
+    """What the processor of the moment has must not matter here: the switch itself is tested."""
+    packed = []
+    monkeypatch.setattr(cpu_inference, "has_bfloat16_products", lambda: has_units)
+    monkeypatch.setattr(cpu_inference, "pack_linear_weights", lambda model, dtype: packed.append(dtype))
+    arguments = ("transcribe", recordings[0], "--model", tiny_model_dir)
+    run(*arguments)
+    result = run(*arguments, "--bfloat16", code=0 if has_units else 2)
+    run("stream", recordings[0], "--model", tiny_model_dir, "--bfloat16", code=result.exit_code)
+    assert packed == [torch.float32] + [torch.bfloat16] * (2 * has_units)
+    if not has_units:
+        assert result.stderr == "error: --bfloat16: this processor has neither AMX nor AVX512-BF16\n"
+    refused = run(*arguments, "--bfloat16", "--device", "meta", code=2)
+    assert refused.stderr == "error: --bfloat16: expected --device cpu, got meta\n"
 
 
 def test_transcribe_output_file(tiny_model_dir, recordings, tmp_path):

@@ -64,6 +64,14 @@ TrustOption = Annotated[
 ]
 
 
+BFloat16Option = Annotated[
+    bool,
+    typer.Option(
+        "--bfloat16", help="Round matrix products to bfloat16: faster on CPUs with AMX or AVX512-BF16, not exact."
+    ),
+]
+
+
 def _fail(message: object) -> typer.Exit:
     """One line on standard error, and the exit to raise."""
     typer.echo(f"error: {' '.join(str(message).split())}", err=True)
@@ -133,8 +141,18 @@ def _what_is_at(path: Path) -> str:
     return "it is a file" if path.is_file() else "there is no such folder"
 
 
-def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _check_bfloat16(wanted: bool, device: str = "cpu") -> None:
+    from .cpu_inference import has_bfloat16_products
+
+    if wanted and device != "cpu":
+        raise _fail(f"--bfloat16: expected --device cpu, got {device}")
+    if wanted and not has_bfloat16_products():
+        raise _fail("--bfloat16: this processor has neither AMX nor AVX512-BF16")
+
+
+def _load(model: str, trust_remote_code: bool, bfloat16: bool = False) -> tuple[Any, Any]:
     """A recogniser in evaluation mode, and its processor."""
+    import torch
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
     from .cpu_inference import pack_linear_weights
@@ -142,7 +160,7 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
     # The code of a stranger's model says itself what it can do.
     families = None if trust_remote_code else RECOGNISERS
     processor, network = _from_pretrained(model, trust_remote_code, families, AutoProcessor, AutoModelForSpeechSeq2Seq)
-    pack_linear_weights(network.eval())
+    pack_linear_weights(network.eval(), torch.bfloat16 if bfloat16 else torch.float32)
     return network, processor
 
 
@@ -189,6 +207,7 @@ def transcribe(
     punctuation: Annotated[str | None, typer.Option(help="Folder or Hub id of a punctuation model.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files (or windows, or pieces) per forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    bfloat16: BFloat16Option = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write here instead of standard output.", dir_okay=False)
     ] = None,
@@ -205,7 +224,8 @@ def transcribe(
         raise _fail("--chunk-length: with --vad the pauses decide where audio is cut; give one of the two")
     _check_output(output)
     _check_device(device)
-    network, processor = _load(_resolve_recogniser(model), trust_remote_code)
+    _check_bfloat16(bfloat16, device)
+    network, processor = _load(_resolve_recogniser(model), trust_remote_code, bfloat16)
 
     from transformers import AutoModel, AutoTokenizer
 
@@ -309,14 +329,16 @@ def stream(
     sampling_rate: Annotated[int, typer.Option(min=1000, help="Rate of raw input in Hz.")] = 16000,
     hotwords: HotwordsOption = None,
     decoding: DecodingOption = None,
+    bfloat16: BFloat16Option = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Transcribe while audio arrives: a line per changed partial result, then the final one."""
+    _check_bfloat16(bfloat16)
     if file == "-":
         blocks, rate = _raw_blocks(sys.stdin.buffer, sampling_rate), sampling_rate
     else:
         blocks, rate = _wav_blocks(Path(file))
-    network, processor = _load(_resolve_recogniser(model), trust_remote_code)
+    network, processor = _load(_resolve_recogniser(model), trust_remote_code, bfloat16)
 
     import numpy as np
     import torch
@@ -439,6 +461,7 @@ def synthesize(
     ] = False,
     speakers: Annotated[bool, typer.Option("--speakers", help="List the voices that the model knows.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    bfloat16: BFloat16Option = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Say a text, in a voice that the model knows or in that of a recording."""
@@ -449,7 +472,10 @@ def synthesize(
             raise _fail("--speed: a stream cannot change it")
         _check_output(output)
     _check_device(device)
+    _check_bfloat16(bfloat16, device)
     speak = _load_synthesiser(model, device, trust_remote_code)
+    if bfloat16:
+        _round_products(speak.model)
     if speakers:
         for name in speak.processor.speakers:
             typer.echo(name)
@@ -494,6 +520,14 @@ def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool) -
         model, trust_remote_code, ["cosyvoice"], AutoProcessor, AutoModelForTextToWaveform
     )
     return CosyVoiceTextToSpeechPipeline(network.eval(), processor, device=device)
+
+
+def _round_products(network: Any) -> None:
+    import torch
+
+    from .cpu_inference import pack_linear_weights
+
+    pack_linear_weights(network, torch.bfloat16)
 
 
 def _write_stream(pieces: "Iterator[np.ndarray]", output: Path, sampling_rate: int) -> float:
