@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from transformers import AutoModelForTextToWaveform, AutoProcessor
 
 from hf_speechllm.models.modeling_cosyvoice import CosyVoiceForTextToWaveform
 from hf_speechllm.upstream.checkpoints import read_state_dict
+from hf_speechllm.upstream.cosyvoice_tokenizers import build_qwen_tokenizer, qwen_special_id
 from hf_speechllm.upstream.errors import ConversionError, UnsafeArtifactError
+from hf_speechllm.upstream.hyperpyyaml import Call, read_hyperpyyaml
 from hf_speechllm.upstream.speaker_info import read_speaker_info
 
 
@@ -28,6 +31,7 @@ import convert_cosyvoice as conversion
 import cosyvoice_flow
 import cosyvoice_hift
 import cosyvoice_lm
+import cosyvoice_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -270,22 +274,103 @@ def test_hostile_speakers_are_refused(pack, tmp_path):
 
 def test_parts_that_do_not_fit_are_named(pack, tmp_path):
     changed = copy_of(pack, tmp_path)
+    (changed / "speech_tokenizer_v2.onnx").unlink()
     shutil.copy(GOLDEN / "s3_v1" / "speech_tokenizer_v1.onnx", changed / "speech_tokenizer_v1.onnx")
     with pytest.raises(ConversionError, match="speech tokenizer's codebook"):
         conversion.convert_cosyvoice_pack(changed, tmp_path / "model")
 
 
-def test_version_1_asks_for_its_text_tokens(tmp_path):
-    """Its tokens come from Whisper's file, which no pack has."""
-    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
-    path = tmp_path / "multilingual.tiktoken"
-    path.write_text("\n".join(lines), encoding="utf-8")
+def test_the_graph_of_the_version_is_taken(tmp_path):
+    names = [f"speech_tokenizer_{name}.onnx" for name in ("v1", "v2", "v2.batch", "v3.batch", "v3")]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [conversion.find_speech_tokenizer(tmp_path, version).name for version in (1, 2, 3)] == [
+        f"speech_tokenizer_v{version}.onnx" for version in (1, 2, 3)
+    ]
+    (tmp_path / "speech_tokenizer_v3.onnx").unlink()
+    assert conversion.find_speech_tokenizer(tmp_path, 3).name == "speech_tokenizer_v3.batch.onnx"
 
-    config = tiny_cosyvoice(1).config
-    with pytest.raises(ConversionError, match=r"Whisper's multilingual\.tiktoken"):
-        conversion.build_tokenizer(tmp_path, config, None)
+
+def test_files_that_are_no_part_of_the_model_do_not_matter(pack, converted, tmp_path):
+    """What published packs hold besides: exports, caches, cards."""
+    changed = copy_of(pack, tmp_path)
+    others = ("flow.decoder.estimator.fp32.onnx", "flow.encoder.fp16.zip", "flow.cache.pt", "llm.rl.pt", "README.md")
+    for name in (*others, "configuration.json", "config.json", "CosyVoice-BlankEN/LICENSE"):
+        (changed / name).write_bytes(b"not read")
+    (changed / "asset").mkdir()
+    shutil.copy(GOLDEN / "s3_v1" / "speech_tokenizer_v1.onnx", changed)
+    conversion.convert_cosyvoice_pack(changed, tmp_path / "model")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "model" / name).read_bytes() == (converted / name).read_bytes()
+
+
+def test_version_3_finds_the_end_of_its_prompt_in_the_vocabulary(tmp_path):
+    write_tokenizer(tmp_path)
+    built = build_qwen_tokenizer(tmp_path, 3)
+    assert cosyvoice_tokenizer.end_of_prompt_id(tmp_path) == built.convert_tokens_to_ids("<|endofprompt|>") == 261
+    for token in ("<|endoftext|>", "<|im_start|>", "[ǜ]"):
+        assert qwen_special_id(tmp_path, 3, token) == built.convert_tokens_to_ids(token)
+    pack = Path(shutil.copytree(GOLDEN / "v3_lm", tmp_path / "pack"))
+    settings, path = read_hyperpyyaml(pack / "cosyvoice3.yaml"), pack / "cosyvoice3.yaml"
+    assert cosyvoice_lm.read_config(settings, path, pack).end_of_prompt_id == 151646
+    write_tokenizer(pack / "CosyVoice-BlankEN")
+    assert cosyvoice_lm.read_config(settings, path, pack).end_of_prompt_id == 261
+
+
+def single_bytes(path: Path) -> Path:
+    """A file of text tokens with no token but the bytes."""
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_version_1_asks_for_its_text_tokens(tmp_path):
+    """Its tokens come from Whisper's file, which no published pack has."""
+    config, yaml_path = tiny_cosyvoice(1).config, tmp_path / "cosyvoice.yaml"
+    found = Call("name", "whisper.tokenizer.get_tokenizer", {"multilingual": True, "num_languages": 100})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cosyvoice_tokenizer, "find_spec", lambda name: None)
+        for settings in ({}, {"get_tokenizer": replace(found, target="cosyvoice.tokenizer.tokenizer.get_tokenizer")}):
+            with pytest.raises(ConversionError, match=r"multilingual_zh_ja_yue_char_del\.tiktoken \(upstream's\)"):
+                conversion.build_tokenizer(tmp_path, settings, yaml_path, config, None)
+        with pytest.raises(ConversionError, match=r" multilingual\.tiktoken \(Whisper's\)"):
+            conversion.build_tokenizer(tmp_path, {"get_tokenizer": found}, yaml_path, config, None)
+    path = single_bytes(tmp_path / "multilingual.tiktoken")
     with pytest.raises(ConversionError, match="at most 64, the rows of llm.pt"):
-        conversion.build_tokenizer(tmp_path, config, path)
+        conversion.build_tokenizer(tmp_path, {}, yaml_path, config, path)
+    for call, message in (
+        (replace(found, target="os.system"), "unknown class"),
+        (replace(found, arguments={"multilingual": False}), r"get_tokenizer\.multilingual"),
+        (replace(found, arguments=found.arguments | {"num_languages": "many"}), r"get_tokenizer\.num_languages"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            conversion.build_tokenizer(tmp_path, {"get_tokenizer": call}, yaml_path, config, path)
+
+
+def test_text_tokens_of_version_1_are_found(tmp_path, monkeypatch):
+    """In the pack before an installed package; the yaml says which and how many languages there are."""
+    name = "multilingual.tiktoken"
+    assert cosyvoice_tokenizer.find_text_tokens(tmp_path, "other.tiktoken") is None
+    package = tmp_path / "packages" / "whisper"
+    (package / "assets").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('nothing is run')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    installed = single_bytes(package / "assets" / name)
+    pack = tmp_path / "pack"
+    (pack / "asset").mkdir(parents=True)
+    assert cosyvoice_tokenizer.find_text_tokens(pack, name) == installed
+    only = single_bytes(pack / "asset" / "tokens.tiktoken")
+    assert cosyvoice_tokenizer.find_text_tokens(pack, name) == only
+    named = single_bytes(pack / name)
+    assert cosyvoice_tokenizer.find_text_tokens(pack, name) == named
+    config = tiny_cosyvoice(1).config
+    config.lm_config.text_vocab_size = 4000
+    sizes = []
+    for count in (99, 100):
+        arguments = {"multilingual": True, "num_languages": count, "language": "en", "task": "transcribe"}
+        settings = {"get_tokenizer": Call("name", "whisper.tokenizer.get_tokenizer", arguments)}
+        sizes.append(len(conversion.build_tokenizer(pack, settings, pack / "cosyvoice.yaml", config, None)))
+    assert sizes == [256 + 1608, 256 + 1609]
 
 
 def test_command_line(pack, converted, tmp_path, capsys):
