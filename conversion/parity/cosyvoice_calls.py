@@ -93,8 +93,8 @@ def read_call(case: Case, name: str) -> Call:
         instruct=as_text(values.get("instruct_text")),
         speaker=as_text(saved or values.get("spk_id")),
         saved_prompt=saved is not None,
-        prompt_audio=None if saved else as_file(case, values.get("prompt_wav"), "prompt_wav"),
-        source_audio=as_file(case, values.get("source_wav"), "source_wav"),
+        prompt_audio=None if saved else as_file(case, values, "prompt_wav"),
+        source_audio=as_file(case, values, "source_wav"),
         stream=stream,
         speed=float(values["speed"]) if isinstance(values.get("speed"), int | float) else 1.0,
         normalize=values.get("text_frontend") is not False,
@@ -189,9 +189,9 @@ def find_entry(case: Case, name: str, parameter: str) -> Any:
             if value is not None:
                 return value
     if parameter in _FILES:
-        found = sorted(path for path in case.directory.iterdir() if path.suffix in _SOUND)
-        named = [path for path in found if path.stem.startswith(_FILES[parameter])]
-        return named[0].name if named else None
+        stem = _FILES[parameter]
+        found = [path for path in case.directory.iterdir() if path.suffix in _SOUND and path.stem.startswith(stem)]
+        return min(found, key=lambda path: (path.stem != stem, path.name)).name if found else None
     return None
 
 
@@ -211,9 +211,11 @@ def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def as_file(case: Case, value: Any, parameter: str) -> Path | None:
-    """A recording of the case; the one for all calls where what is written is none."""
-    for candidate in (value, find_entry(case, "", parameter)):
+def as_file(case: Case, values: dict[str, Any], parameter: str) -> Path | None:
+    """A recording, if the mode has one; that for all calls where what is written is none."""
+    if parameter not in values:
+        return None
+    for candidate in (values[parameter], find_entry(case, "", parameter)):
         if isinstance(candidate, str) and (case.directory / candidate).is_file():
             return case.directory / candidate
     return None
