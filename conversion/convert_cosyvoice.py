@@ -6,9 +6,10 @@
 
 A complete pack holds `cosyvoice.yaml`, `cosyvoice2.yaml` or `cosyvoice3.yaml`, `llm.pt`, `flow.pt`, `hift.pt`,
 `speech_tokenizer_v*.onnx`, `campplus.onnx`, and for versions 2 and 3 the folder `CosyVoice-BlankEN`; `spk2info.pt` may
-be there. A pack with one of the three networks alone, or `--part`, gives a folder of that part. Version 1 takes its
-text tokens from Whisper's file `multilingual.tiktoken` (with 100 languages), which no pack holds; the 25 Hz model from
-upstream's `multilingual_zh_ja_yue_char_del.tiktoken`.
+be there; other files are left alone. A pack with one of the three networks alone, or `--part`, gives a folder of that
+part. Version 1 takes its text tokens from Whisper's file `multilingual.tiktoken`, the 25 Hz model from upstream's
+`multilingual_zh_ja_yue_char_del.tiktoken`. No published pack holds them: copy the file into the pack, name it, or have
+a package installed that brings it (`whisper`, `funasr`; upstream's own, `cosyvoice`, has both).
 
 A pack is untrusted: its yaml and its graphs are read as data, nothing in it is run. The folder that is written
 appears complete or not at all.
@@ -16,23 +17,20 @@ appears complete or not at all.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from hf_speechllm.models.configuration_cosyvoice import CosyVoiceConfig
 from hf_speechllm.models.feature_extraction_cosyvoice import CosyVoiceFeatureExtractor
 from hf_speechllm.models.modeling_cosyvoice import CosyVoiceForTextToWaveform
 from hf_speechllm.models.processing_cosyvoice import CosyVoiceProcessor
 from hf_speechllm.models.speakers_cosyvoice import SPEAKERS_NAME, CosyVoiceSpeaker, load_speakers
+from hf_speechllm.upstream.checkpoint_file import compact, write_state_dict
 from hf_speechllm.upstream.checkpoints import read_state_dict
-from hf_speechllm.upstream.cosyvoice_tokenizers import build_qwen_tokenizer, build_whisper_tokenizer
 from hf_speechllm.upstream.errors import ConversionError
 from hf_speechllm.upstream.hyperpyyaml import read_hyperpyyaml
 from hf_speechllm.upstream.json_config import read_json_mapping
@@ -48,11 +46,12 @@ import cosyvoice_flow
 import cosyvoice_hift
 import cosyvoice_lm
 import s3_tokenizer
-from cosyvoice_pack import YAML_NAMES, find_yaml
+from command_line import converter_parser, print_report
+from cosyvoice_pack import QWEN_FOLDER, YAML_NAMES, find_yaml
+from cosyvoice_tokenizer import build_tokenizer, find_text_tokens, read_whisper_tokens
 
 
 NETWORKS = ("llm", "flow", "hift")
-QWEN_FOLDER = "CosyVoice-BlankEN"
 SPEAKER_FILE = "spk2info.pt"
 MODEL_NAME = "model.safetensors"
 # Each network's weights in ours, and where it lies in the configuration.
@@ -85,7 +84,7 @@ def convert_cosyvoice_pack(
     Args:
         out_dir: must not exist or be empty; its parent must exist.
         llm: name of the language model's weights; `llm.rl.pt` is version 3's after reinforcement learning.
-        tokenizer: tiktoken file of version 1.
+        tokenizer: tiktoken file of version 1, where it is neither in the pack nor in an installed package.
     Returns:
         The report, which is also written as `conversion_report.json`.
     Raises:
@@ -96,7 +95,7 @@ def convert_cosyvoice_pack(
     yaml_path = find_yaml(pack)
     version = YAML_NAMES.index(yaml_path.name) + 1
     settings = read_hyperpyyaml(yaml_path)
-    graph_path = find_speech_tokenizer(pack)
+    graph_path = find_speech_tokenizer(pack, version)
     files = {"llm": pack / llm, "flow": pack / "flow.pt", "hift": pack / "hift.pt"}
     modules = {"llm": cosyvoice_lm, "flow": cosyvoice_flow, "hift": cosyvoice_hift}
     configs = {name: module.read_config(settings, yaml_path, pack) for name, module in modules.items()}
@@ -159,17 +158,20 @@ def convert_part(pack: str | Path, out_dir: str | Path, part: str, llm: str = "l
     if part in NETWORKS:
         return {"flow": cosyvoice_flow, "hift": cosyvoice_hift}[part].convert(pack, out_dir)
     if part == "speech_tokenizer":
-        return s3_tokenizer.convert(find_speech_tokenizer(pack), out_dir)
+        version = YAML_NAMES.index(find_yaml(pack).name) + 1
+        return s3_tokenizer.convert(find_speech_tokenizer(pack, version), out_dir)
     return campplus.convert(pack / campplus.GRAPH_NAME, out_dir)
 
 
-def find_speech_tokenizer(pack: Path) -> Path:
-    """The graph of the speech tokenizer; of version 3's two files, which hold the same weights, the first.
+def find_speech_tokenizer(pack: Path, version: int) -> Path:
+    """The graph of the speech tokenizer: that of the version, as upstream loads it, or else another one; of version
+    3's two files, which hold the same weights, the first.
 
     Raises:
         ConversionError: none.
     """
     found = [pack / name for name in s3_tokenizer.GRAPH_NAMES if (pack / name).exists()]
+    found.sort(key=lambda path: not path.name.startswith(f"speech_tokenizer_v{version}."))
     if not found:
         raise ConversionError(
             "no speech tokenizer", file=pack, expected=f"one of {', '.join(s3_tokenizer.GRAPH_NAMES)}"
@@ -191,7 +193,8 @@ def build_processor(
         tokenizer_mel_bins=config.speech_tokenizer_config.num_mel_bins,
         speaker_mel_bins=config.speaker_encoder_config.num_mel_bins,
     )
-    processor = CosyVoiceProcessor(extractor, build_tokenizer(pack, config, tokenizer), version=config.version)
+    text = build_tokenizer(pack, settings, yaml_path, config, tokenizer)
+    processor = CosyVoiceProcessor(extractor, text, version=config.version)
     if (pack / SPEAKER_FILE).exists():
         bins = config.flow_config.num_mel_bins
         for name, parts in read_speaker_info(pack / SPEAKER_FILE).items():
@@ -199,27 +202,19 @@ def build_processor(
     return processor
 
 
-def build_tokenizer(pack: Path, config: CosyVoiceConfig, tokenizer: str | Path | None) -> PreTrainedTokenizerFast:
-    """The text tokenizer: out of the pack for versions 2 and 3, out of a tiktoken file for version 1."""
-    if config.version != 1:
-        return build_qwen_tokenizer(pack / QWEN_FOLDER, config.version)
-    if tokenizer is None:
-        raise ConversionError(
-            "version 1 needs a file of text tokens",
-            file=pack,
-            key="--tokenizer",
-            expected="Whisper's multilingual.tiktoken, or upstream's multilingual_zh_ja_yue_char_del.tiktoken (25 Hz)",
-        )
-    extended = config.speech_tokenizer_config.token_rate == 25
-    built = build_whisper_tokenizer(Path(tokenizer), extended=extended)
-    if len(built) > config.lm_config.text_vocab_size:
-        raise ConversionError(
-            "tokens of the text",
-            file=tokenizer,
-            expected=f"at most {config.lm_config.text_vocab_size}, the rows of llm.pt",
-            actual=len(built),
-        )
-    return built
+def needs_text_tokens(pack: str | Path) -> bool:
+    """Whether a pack of version 1 has a file of text tokens nowhere, so that it must be given.
+
+    Raises:
+        ConversionError: see [`convert_cosyvoice_pack`].
+    """
+    pack = Path(pack)
+    yaml_path = find_yaml(pack)
+    if yaml_path.name != YAML_NAMES[0]:
+        return False
+    settings = read_hyperpyyaml(yaml_path)
+    rate = cosyvoice_flow.read_config(settings, yaml_path, pack).input_frame_rate
+    return find_text_tokens(pack, read_whisper_tokens(settings, yaml_path, rate).file_name) is None
 
 
 def convert_speaker(parts: dict[str, Tensor], num_mel_bins: int, path: Path, name: str) -> CosyVoiceSpeaker:
@@ -297,7 +292,7 @@ def export_cosyvoice_pack(model_dir: str | Path, pack_dir: str | Path) -> dict[s
             prefix = f"{PREFIXES[name]}."
             part = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
             state = module.restore_weights(part, part_config)
-            torch.save(cosyvoice_lm.compact(state), stage / f"{name}.pt")
+            write_state_dict(stage / f"{name}.pt", compact(state))
             if name == "llm" and config.version != 1:
                 cosyvoice_lm.write_qwen_folder(stage / QWEN_FOLDER, state, part_config)
         if (model_dir / SPEAKERS_NAME).exists():
@@ -338,28 +333,19 @@ def upstream_speaker(speaker: CosyVoiceSpeaker) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 1 with one line on stderr when the conversion is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="PACK, or with --reverse the model folder")
-    parser.add_argument("destination", type=Path, help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="write upstream's files from a model folder")
+    """Command line, see `print_report`."""
+    parser = converter_parser(__doc__, "write upstream's files from a model folder")
     parser.add_argument("--part", choices=(*NETWORKS, "speech_tokenizer", "campplus"), help="convert this part alone")
     parser.add_argument("--llm", default="llm.pt", help="weights of the language model: llm.pt or llm.rl.pt")
-    parser.add_argument("--tokenizer", type=Path, help="tiktoken file of version 1")
+    parser.add_argument("--tokenizer", type=Path, help="tiktoken file of version 1; searched if it is not given")
     options = parser.parse_args(arguments)
     source, destination = options.source, options.destination
-    try:
-        if options.reverse:
-            report = export_cosyvoice_pack(source, destination)
-        elif (part := options.part or only_network(source)) is not None:
-            report = convert_part(source, destination, part, options.llm)
-        else:
-            report = convert_cosyvoice_pack(source, destination, options.llm, options.tokenizer)
-    except ConversionError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    return 0
+    if options.reverse:
+        return print_report(lambda: export_cosyvoice_pack(source, destination))
+    part = options.part or only_network(source)
+    if part is not None:
+        return print_report(lambda: convert_part(source, destination, part, options.llm))
+    return print_report(lambda: convert_cosyvoice_pack(source, destination, options.llm, options.tokenizer))
 
 
 def only_network(pack: Path) -> str | None:

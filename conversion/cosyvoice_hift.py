@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import torch
-from cosyvoice_pack import find_yaml
+from cosyvoice_pack import YAML_NAMES, find_yaml
 from torch import Tensor
 
 from hf_speechllm.models.configuration_cosyvoice3_hift import CosyVoice3HiftConfig
@@ -80,8 +80,9 @@ MAX_LIST, MAX_LIST_ENTRY, MAX_WIDTH = 16, 1 << 12, 1 << 16
 
 # At this sampling rate upstream's sine generator adds the phase up sample by sample.
 SAMPLE_PHASE_RATE = 22050
-# Frames of overlap in upstream's streaming (`mel_cache_len` of `cosyvoice/cli/model.py`), by the version.
-OVERLAP_FRAMES = {"sample": 20, "linear": 8, "nearest": 8}
+# Frames of overlap in upstream's streaming (`mel_cache_len` of `cosyvoice/cli/model.py`), by the version. The third
+# has none.
+OVERLAP_FRAMES = dict(zip(YAML_NAMES, (20, 8, 8), strict=True))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of weights: patterns on upstream's side, in order, with what they are on ours.
@@ -146,7 +147,7 @@ def read_config(settings: dict[str, object], path: Path, pack: Path) -> CosyVoic
             )
     fields |= f0_fields | lists
     fields["phase_interpolation"] = _phase(fields["sampling_rate"], causal)
-    fields["overlap_frames"] = OVERLAP_FRAMES[fields["phase_interpolation"]]
+    fields["overlap_frames"] = OVERLAP_FRAMES[path.name]
     if causal:
         fields["layers_before_noise"] = _layers_before_noise(settings.get("flow"), path)
     # Upstream's loop goes over the stages, and leaves out what its lists have beyond them.

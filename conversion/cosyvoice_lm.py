@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from cosyvoice_pack import YAML_NAMES, find_yaml
+from cosyvoice_pack import QWEN_FOLDER, YAML_NAMES, find_yaml
+from cosyvoice_tokenizer import end_of_prompt_id
 from torch import Tensor
 
 from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
@@ -34,7 +35,6 @@ from hf_speechllm.upstream.typed_config import ConfigReader
 LmConfig = CosyVoiceLmConfig | CosyVoiceTransformerLmConfig
 
 WEIGHTS_NAME = "llm.pt"
-QWEN_FOLDER = "CosyVoice-BlankEN"
 CLASSES = {
     "cosyvoice.llm.llm.TransformerLM": 1,
     "cosyvoice.llm.llm.Qwen2LM": 2,
@@ -281,6 +281,8 @@ def _read_qwen(
             raise ConversionError(
                 "sizes disagree", file=path, key=f"llm.llm_{name}", expected=qwen["hidden_size"], actual=actual
             )
+    if version == 3 and (end := end_of_prompt_id(pack / QWEN_FOLDER)) is not None:
+        fields["end_of_prompt_id"] = end
     return CosyVoiceLmConfig(version=version, **sampling, **fields, **qwen)
 
 

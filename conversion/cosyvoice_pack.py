@@ -9,6 +9,8 @@ from hf_speechllm.upstream.errors import ConversionError
 
 # In the order of the versions.
 YAML_NAMES = ("cosyvoice.yaml", "cosyvoice2.yaml", "cosyvoice3.yaml")
+# Shape of the Qwen2 and text tokens of versions 2 and 3.
+QWEN_FOLDER = "CosyVoice-BlankEN"
 
 
 def find_yaml(pack: Path) -> Path:

@@ -257,6 +257,22 @@ def test_pitch_of_upstream_is_of_single_precision(models, version):
     assert torch.equal(model.predict_f0(mel, compatibility="upstream"), exact if version == 3 else single)
 
 
+@torch.no_grad()
+def test_upstream_streaming_of_version_3_begins_anew(models):
+    """Every piece is the whole history vocoded, without the samples given and those that may still change."""
+    model, sizes = models[3], [3, 9, 14, 6]
+    ahead = model.config.f0_look_ahead_frames + model.config.look_ahead_frames + 1
+    mel, hop = mel_of(sum(sizes)), model.config.hop_length
+    for noise in ({}, {"noise": torch.rand(1, 100 * hop, 9, generator=torch.Generator().manual_seed(2))}):
+        found = stream(model, mel, sizes, compatibility="upstream", **noise)
+        settled = [0, *(max(sum(sizes[: count + 1]) - ahead, 0) for count in range(3)), sum(sizes)]
+        for count, piece in enumerate(found):
+            frames = sum(sizes[: count + 1])
+            drawn = {name: value[:, : frames * hop] for name, value in noise.items()}
+            expected = model(mel[:, :frames], compatibility="upstream", **drawn).waveform
+            assert torch.equal(piece, expected[:, settled[count] * hop : settled[count + 1] * hop])
+
+
 # -- noise of version 3 -----------------------------------------------------------------------------------------------
 def test_noise_is_that_of_upstream():
     """The recipe with torch's own modules, whose first weights come from the same generator."""

@@ -190,6 +190,37 @@ def test_upstreams_rate_of_the_prompt_is_a_switch():
     assert (own, upstream) == (11025 // 64, 12000 // 64)
 
 
+def test_upstreams_texts_are_a_switch():
+    """No words beside those given; a known prompt says what it says, whatever the instruction."""
+    processor = with_speakers(3)
+
+    def ids(text: str) -> list[int]:
+        return processor.tokenizer(text)["input_ids"]
+
+    def prompt(**options) -> list[int]:
+        inputs = processor("b", compatibility="upstream", **options)
+        assert inputs["input_ids"][0].tolist() == ids("b.")
+        return inputs["prompt_input_ids"][0].tolist()
+
+    assert prompt(mode="zero_shot", prompt_text="a", **TONE) == ids("a")
+    assert prompt(mode="instruct2", instruct="a 2", **TONE) == ids("a 2")
+    assert prompt(mode="cross_lingual", **TONE) == prompt(mode="sft", speaker="low") == []
+    known = processor.speakers["tone"].text_ids.tolist()
+    assert known
+    assert prompt(mode="zero_shot", speaker="tone") == prompt(mode="instruct2", speaker="tone", instruct="a") == known
+
+
+@pytest.mark.parametrize("choice", [None, "upstream"])
+def test_instructions_of_version_1_have_their_numbers_written_out(choice):
+    processor = with_speakers(1)
+    inputs = processor("b", speaker="low", instruct="say 2", compatibility=choice)
+    expected = "say two" + (END_OF_PROMPT if choice is None else "")
+    assert inputs["prompt_input_ids"][0].tolist() == processor.tokenizer(expected)["input_ids"]
+    tagged = f"say 2{END_OF_PROMPT}"
+    inputs = processor("b", speaker="low", instruct=tagged, compatibility=choice)
+    assert inputs["prompt_input_ids"][0].tolist() == processor.tokenizer(tagged)["input_ids"]
+
+
 def test_speakers_are_mixed_and_kept(tmp_path):
     processor = with_speakers()
     processor.mix_speakers("half / half", {"tone": 2.0, "low": 2.0})

@@ -77,6 +77,26 @@ class CosyVoice3HiftModel(CosyVoiceHiftModel):
         noise, behind = self.fixed_noise.draw(samples, self.source.num_sines, state.noise_state)
         return noise.to(self.device).expand(state.batch_size, -1, -1), replace(state, noise_state=behind)
 
+    def _stream_overlapping(
+        self, mel: Tensor, state: CosyVoiceHiftStreamState, is_last: bool
+    ) -> tuple[Tensor, CosyVoiceHiftStreamState]:
+        """Upstream's `token2wav` of version 3: all frames are vocoded anew, and the samples that were given left out.
+
+        Nothing is faded: what the frames that follow could change is kept back.
+        """
+        given = 0 if state.mel is None else self._settled_frames(state.mel)
+        mel = mel if state.mel is None else torch.cat((state.mel, mel), dim=1)
+        hop = self.config.hop_length
+        noise = None if state.noise is None else state.noise[:, : mel.shape[1] * hop]
+        waveform = self(mel, noise=noise, compatibility="upstream", return_dict=True).waveform
+        settled = mel.shape[1] if is_last else self._settled_frames(mel)
+        return waveform[:, given * hop : settled * hop], replace(state, mel=mel)
+
+    def _settled_frames(self, mel: Tensor) -> int:
+        """Frames whose samples upstream gives of a beginning: what both networks look ahead, and one, is left out."""
+        ahead = self.config.f0_look_ahead_frames + self.config.look_ahead_frames + 1
+        return max(mel.shape[1] - ahead, 0)
+
 
 def upstream_noise_state(config: CosyVoice3HiftConfig) -> Tensor:
     """State of torch's generator in front of upstream's noise, uint8.

@@ -162,7 +162,8 @@ class CosyVoiceProcessor(ProcessorMixin):
             sampling_rate: Hz, of arrays.
             normalize: write numbers out, tidy Chinese, end the text in a full stop, see [`split_text`].
             compatibility (`"upstream"`, *optional*): the prompt's spectrogram at the rate at which upstream takes it,
-                which is wrong for version 1.
+                which is wrong for version 1; no text beside those given, neither `<|endofprompt|>` nor the system
+                prompt; what a known speaker says in place of the instruction of `instruct2`.
 
         Raises:
             ValueError: lists of different lengths, an unknown mode, or one whose arguments are missing.
@@ -189,7 +190,7 @@ class CosyVoiceProcessor(ProcessorMixin):
             recordings = [read_audio(row["source_audio"], sampling_rate) for row in rows]
             waveforms, rates = [waveform for waveform, _ in recordings], [rate for _, rate in recordings]
             return BatchFeature(data | self.feature_extractor.source_features(waveforms, rates))
-        texts, prompts = zip(*(self._texts(row, normalize) for row in rows), strict=True)
+        texts, prompts = zip(*(self._texts(row, normalize, compatibility) for row in rows), strict=True)
         data |= padded_with_mask("input_ids", list(texts), "attention_mask")
         data |= padded_with_mask("prompt_input_ids", list(prompts), "prompt_attention_mask")
         modes = [row["mode"] for row in rows]
@@ -234,11 +235,13 @@ class CosyVoiceProcessor(ProcessorMixin):
             raise ValueError(f"text: expected one for the mode {mode!r}")
         return mode
 
-    def _texts(self, row: dict[str, Any], normalize: bool) -> tuple[Tensor, Tensor]:
+    def _texts(self, row: dict[str, Any], normalize: bool, compatibility: str | None) -> tuple[Tensor, Tensor]:
         """Ids of the text, and of what comes before it."""
         mode, known = row["mode"], row["speaker"]
         # As upstream, a text ends in a full stop, and a prompt as it was written.
         text = "".join(self.split_text(row["text"], normalize))
+        if compatibility == "upstream":
+            return self._ids(text), self._upstream_prompt(row, normalize)
         before = torch.zeros(0, dtype=torch.long)
         if mode == "zero_shot":
             if known is not None and not row["prompt_text"]:
@@ -246,7 +249,7 @@ class CosyVoiceProcessor(ProcessorMixin):
             else:
                 before = self._ids(self._zero_shot_text(self.normalize_text(row["prompt_text"], normalize)))
         elif mode in ("instruct", "instruct2"):
-            instruct = row["instruct"]
+            instruct = self._instruct_text(row, normalize)
             if END_OF_PROMPT not in instruct:
                 instruct += END_OF_PROMPT
                 if self.version == 3:
@@ -255,6 +258,19 @@ class CosyVoiceProcessor(ProcessorMixin):
         elif self.version == 3 and END_OF_PROMPT not in text:
             text = f"{self.system_prompt}{END_OF_PROMPT}{text}"
         return self._ids(text), before
+
+    def _upstream_prompt(self, row: dict[str, Any], normalize: bool) -> Tensor:
+        """Ids of what upstream puts before the text: what is given, or all that a known prompt says."""
+        mode, known = row["mode"], row["speaker"]
+        if mode in ("zero_shot", "instruct2") and known is not None:
+            return known.text_ids
+        if mode == "zero_shot":
+            return self._ids(self.normalize_text(row["prompt_text"], normalize))
+        return self._ids(self._instruct_text(row, normalize) if mode in ("instruct", "instruct2") else "")
+
+    def _instruct_text(self, row: dict[str, Any], normalize: bool) -> str:
+        """An instruction, of which upstream writes numbers out in version 1 alone."""
+        return self.normalize_text(row["instruct"], normalize) if row["mode"] == "instruct" else row["instruct"]
 
     def _zero_shot_text(self, prompt_text: str) -> str:
         if self.version == 3 and END_OF_PROMPT not in prompt_text:

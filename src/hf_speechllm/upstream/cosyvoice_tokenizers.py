@@ -2,7 +2,7 @@
 
 Versions 2 and 3: `vocab.json`, `merges.txt` and `tokenizer_config.json` of a Qwen2, and special tokens in a fixed
 order (`cosyvoice/tokenizer/tokenizer.py`). Version 1: a tiktoken file, OpenAI Whisper's `multilingual.tiktoken`, or in
-the 25 Hz model `multilingual_zh_ja_yue_char_del.tiktoken`; neither is in a pack.
+the 25 Hz model `multilingual_zh_ja_yue_char_del.tiktoken`; neither is in a published pack.
 """
 
 from __future__ import annotations
@@ -97,12 +97,28 @@ def build_qwen_tokenizer(folder: Path, version: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_whisper_tokenizer(path: Path, extended: bool = False) -> PreTrainedTokenizerFast:
+def qwen_special_id(folder: Path, version: int, token: str) -> int:
+    """Id of a special token of [`build_qwen_tokenizer`], without building it.
+
+    Raises:
+        ValueError: none of them. ConversionError, UnsafeArtifactError: as there.
+    """
+    vocabulary = _read_vocabulary(folder / "vocab.json")
+    added = _read_added(folder / "tokenizer_config.json", len(vocabulary))
+    specials = dict.fromkeys((*added, _END_OF_TEXT, *QWEN_SPECIALS[version]))
+    new = [special for special in specials if special not in vocabulary]
+    return vocabulary[token] if token in vocabulary else len(vocabulary) + new.index(token)
+
+
+def build_whisper_tokenizer(
+    path: Path, extended: bool = False, num_languages: int | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of version 1.
 
     Args:
         path: tiktoken file: lines of a token in base 64 and its rank.
-        extended: the special tokens of the 25 Hz model; otherwise those of Whisper with 100 languages.
+        extended: the special tokens of the 25 Hz model; otherwise those of Whisper.
+        num_languages (*optional*): how many languages have a token; by default all.
     Raises:
         UnsafeArtifactError: a line that is none, or ranks with gaps.
     """
@@ -119,7 +135,7 @@ def build_whisper_tokenizer(path: Path, extended: bool = False) -> PreTrainedTok
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=False, fuse_unk=False))
     _work_on_bytes(tokenizer, _WHISPER_PATTERN)
-    tokenizer.add_special_tokens([_special(token) for token in whisper_specials(extended)])
+    tokenizer.add_special_tokens([_special(token) for token in whisper_specials(extended, num_languages)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=_END_OF_TEXT,
@@ -129,10 +145,10 @@ def build_whisper_tokenizer(path: Path, extended: bool = False) -> PreTrainedTok
     )
 
 
-def whisper_specials(extended: bool) -> list[str]:
+def whisper_specials(extended: bool, num_languages: int | None = None) -> list[str]:
     """Special tokens behind the ranks, in order."""
     languages = (*_WHISPER_LANGUAGES, *_MORE_LANGUAGES) if extended else _WHISPER_LANGUAGES
-    names = ["endoftext", "startoftranscript", *languages]
+    names = ["endoftext", "startoftranscript", *languages[:num_languages]]
     names += [*_EVENTS, *_EMOTIONS] if extended else []
     names += _TASKS
     names += [*(f"SPECIAL_TOKEN_{number}" for number in range(1, 31)), *_VOCAL] if extended else []
