@@ -10,9 +10,9 @@ from datasets import Dataset
 from tiny_cosyvoice import SPEECH_SIZE, generators, recording, tiny_cosyvoice, tiny_processor
 from tiny_speechgpt_lm import FIRST_UNIT, NUM_UNITS, build_model, build_tokenizer
 
+from hf_speechllm.cosyvoice_units import CosyVoiceUnits
 from hf_speechllm.data.manifests import read_manifest
 from hf_speechllm.data.unit_extraction import extract_units
-from hf_speechllm.models.cosyvoice_units import CosyVoiceUnits
 from hf_speechllm.models.pipeline_speechgpt_lm import SpeechGptPipeline
 from hf_speechllm.models.processing_speechgpt_lm import SpeechGptProcessor
 from hf_speechllm.models.speakers_cosyvoice import CosyVoiceSpeaker

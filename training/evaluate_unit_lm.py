@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
     import hf_speechllm  # noqa: F401  registers the model families
+    from hf_speechllm.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
-    from hf_speechllm.models.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
     from hf_speechllm.models.unit_string import parse_unit_string, unit_string
     from hf_speechllm.train.metrics import metric_path

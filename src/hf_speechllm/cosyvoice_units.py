@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForTextToWaveform, AutoProcessor
 
-from .configuration_cosyvoice import CosyVoiceConfig
-from .feature_extraction_s3_tokenizer import S3FeatureExtractor
-from .modeling_cosyvoice import CosyVoiceForTextToWaveform, CosyVoicePrompt
-from .processing_cosyvoice import CosyVoiceProcessor
-from .streaming_cosyvoice import SpeechStream
-from .unit_string import parse_unit_string
+from .models.configuration_cosyvoice import CosyVoiceConfig
+from .models.feature_extraction_s3_tokenizer import S3FeatureExtractor
+from .models.modeling_cosyvoice import CosyVoiceForTextToWaveform, CosyVoicePrompt
+from .models.processing_cosyvoice import CosyVoiceProcessor
+from .models.streaming_cosyvoice import SpeechStream
+from .models.unit_string import parse_unit_string
 
 
 @dataclass
