@@ -44,7 +44,7 @@ def test_readme_blocks_run(tiny_model_dir, named_folders, tmp_path, monkeypatch,
     """With the tiny models in place of the shipped one and of those that are only named, and without the upload."""
     pytest.importorskip("peft")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     monkeypatch.chdir(ROOT)
     namespace = {"torch": torch}
     for block in blocks:
