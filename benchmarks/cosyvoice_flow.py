@@ -1,6 +1,7 @@
 """CosyVoice's flows at their published sizes against upstream's own code, with the same weights.
 
-    python benchmarks/cosyvoice_flow.py --cosyvoice CHECKOUT --matcha CHECKOUT [--versions 1 2 3] [--runs 3] [--tiny]
+    python benchmarks/cosyvoice_flow.py --cosyvoice CHECKOUT --matcha CHECKOUT [--versions 1 2 3]
+        [--only sentence four stream] [--runs 3] [--tiny]
         [--output benchmarks/RESULTS.md]
 
 The checkouts are FunAudioLLM/CosyVoice and its submodule Matcha-TTS; what they import must be installed beside them.
@@ -11,7 +12,7 @@ its own loop, against what the caches leave to do. Every comparison checks first
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,63 +155,62 @@ def check_equal(ours: Tensor, theirs: Tensor, what: str) -> None:
         raise SystemExit(f"{what}: expected equal spectrograms, got {difference} apart")
 
 
-def compare_flow(version: int, seconds: dict, runs: int, report: Callable[[Comparison], None]) -> None:
-    """All comparisons of one version."""
-    peer, model = build_flow(version)
-    prompt = seconds["prompt"]
-    one = make_sentence(model, seconds["sentence"], prompt, seed=0)
-    check_equal(run_ours(model, [one])[0], run_peer(peer, one), f"version {version}")
-    name = f"CosyVoice {version} flow"
-    report(
-        compare(
-            f"{name}, {seconds['sentence']:g} s",
-            ">= 1.1",
-            lambda: run_peer(peer, one),
-            lambda: run_ours(model, [one]),
-            runs=runs,
-        )
-    )
+def compare_sentence(
+    version: int, peer: nn.Module, model: TokenToMelModel, seconds: dict, runs: int
+) -> Iterator[Comparison]:
+    """One sentence, and again with bfloat16 products."""
+    one = make_sentence(model, seconds["sentence"], seconds["prompt"], seed=0)
+    exact = run_ours(model, [one])[0]
+    check_equal(exact, run_peer(peer, one), f"version {version}")
+    name = f"CosyVoice {version} flow, {seconds['sentence']:g} s"
+    run_both = (lambda: run_peer(peer, one), lambda: run_ours(model, [one]))
+    yield compare(name, ">= 1.1", *run_both, runs=runs, warm_up=False)
     if has_bfloat16_products():
-        exact = run_ours(model, [one])[0]
         pack_linear_weights(model, torch.bfloat16)
         error = float((run_ours(model, [one])[0] - exact).norm() / exact.norm())
-        report(
-            compare(
-                f"{name}, {seconds['sentence']:g} s, ours packed in bfloat16 (mel {100 * error:.1f} % off)",
-                "",
-                lambda: run_peer(peer, one),
-                lambda: run_ours(model, [one]),
-                runs=runs,
-            )
-        )
+        name += f", ours packed in bfloat16 (mel {100 * error:.1f} % off)"
+        yield compare(name, "", *run_both, runs=runs, warm_up=False)
         unpack_linear_weights(model)
-    four = [make_sentence(model, length, prompt, seed=index) for index, length in enumerate(seconds["four"])]
+
+
+def compare_four(
+    version: int, peer: nn.Module, model: TokenToMelModel, seconds: dict, runs: int
+) -> Iterator[Comparison]:
+    """Four sentences in one call, against one after the other."""
+    four = [make_sentence(model, length, seconds["prompt"], seed=row) for row, length in enumerate(seconds["four"])]
     mels, mask = run_ours(model, four)
     for mel, real, item in zip(mels, mask, four, strict=True):
         check_equal(mel[real][None], run_peer(peer, item), f"version {version}, four sentences")
-    report(
-        compare(
-            f"{name}, 4 sentences, {sum(seconds['four']):g} s",
-            ">= 2",
-            lambda: [run_peer(peer, item) for item in four],
-            lambda: run_ours(model, four),
-            runs=runs,
-        )
+    yield compare(
+        f"CosyVoice {version} flow, 4 sentences, {sum(seconds['four']):g} s",
+        ">= 2",
+        lambda: [run_peer(peer, item) for item in four],
+        lambda: run_ours(model, four),
+        runs=runs,
+        warm_up=False,
     )
+
+
+def compare_stream(
+    version: int, peer: nn.Module, model: TokenToMelModel, seconds: dict, runs: int
+) -> Iterator[Comparison]:
+    """All work of a stream; version 1 has none that is exact."""
     if not isinstance(model, CausalTokenToMelModel):
         return
-    long = make_sentence(model, seconds["stream"], prompt, seed=9)
+    long = make_sentence(model, seconds["stream"], seconds["prompt"], seed=9)
     ends = hops(long.tokens.shape[1], long.prompt_tokens.shape[1], model.config.num_lookahead_tokens)
     check_equal(stream_ours(model, long, ends), stream_peer(peer, long, ends), f"version {version}, stream")
-    report(
-        compare(
-            f"{name}, stream of {seconds['stream']:g} s in {len(ends)} pieces, all work",
-            ">= 2",
-            lambda: stream_peer(peer, long, ends),
-            lambda: stream_ours(model, long, ends),
-            runs=runs,
-        )
+    yield compare(
+        f"CosyVoice {version} flow, stream of {seconds['stream']:g} s in {len(ends)} pieces, all work",
+        ">= 2",
+        lambda: stream_peer(peer, long, ends),
+        lambda: stream_ours(model, long, ends),
+        runs=runs,
+        warm_up=False,
     )
+
+
+COMPARISONS = {"sentence": compare_sentence, "four": compare_four, "stream": compare_stream}
 
 
 def main() -> None:
@@ -219,7 +219,8 @@ def main() -> None:
     parser.add_argument("--matcha", type=Path, required=True, help="checkout of shivammehta25/Matcha-TTS")
     parser.add_argument("--dependencies", type=Path, help="folder with the packages that their imports need")
     parser.add_argument("--versions", type=int, nargs="+", choices=sorted(FLOWS), default=sorted(FLOWS))
-    parser.add_argument("--runs", type=int, default=3, help="of both sides, after one to warm up")
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    parser.add_argument("--runs", type=int, default=3, help="of both sides, after the one that checks them")
     parser.add_argument("--tiny", action="store_true", help="seconds of audio, to see that it runs")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
@@ -236,7 +237,10 @@ def main() -> None:
     seconds = TINY_SECONDS if arguments.tiny else SECONDS
     with torch.inference_mode():
         for version in arguments.versions:
-            compare_flow(version, seconds, arguments.runs, lambda comparison: report(comparison.row()))
+            peer, model = build_flow(version)
+            for name in arguments.only:
+                for comparison in COMPARISONS[name](version, peer, model, seconds, arguments.runs):
+                    report(comparison.row())
 
 
 if __name__ == "__main__":

@@ -45,11 +45,23 @@ HEADER = (
 )
 
 
-def compare(name: str, goal: str, peer: Callable[[], object], ours: Callable[[], object], runs: int = 9) -> Comparison:
-    """Time both after a warm-up of one run each; CPU time of the process, since other work may share the machine."""
+def compare(
+    name: str,
+    goal: str,
+    peer: Callable[[], object],
+    ours: Callable[[], object],
+    runs: int = 9,
+    warm_up: bool = True,
+) -> Comparison:
+    """Time both after a warm-up of one run each; CPU time of the process, since other work may share the machine.
+
+    Args:
+        warm_up: switch off where both have just run.
+    """
     torch.set_num_threads(1)
-    peer()
-    ours()
+    if warm_up:
+        peer()
+        ours()
     comparison = Comparison(name, goal, [], [])
     for _ in tqdm(range(runs), desc=name, leave=False):
         for function, seconds in ((peer, comparison.peer), (ours, comparison.ours)):

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
     parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -102,7 +103,8 @@ def main(argv: Sequence[str]) -> None:
         answers = [""] * len(prompts)
         sampling = {"do_sample": False}
         if arguments.temperature > 0:
-            sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+            names = ("temperature", "top_k", "top_p")
+            sampling = {"do_sample": True, **{name: getattr(arguments, name) for name in names}}
         for start in tqdm(range(0, len(order), arguments.batch_size), desc=name):
             batch = order[start : start + arguments.batch_size]
             inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
