@@ -261,6 +261,11 @@ class CosyVoiceFlowModel(TokenToMelModel):
         mel, kept = drop_beginnings(mel, frames, inputs.prompt_frames)
         return mel, kept, next_overlaps
 
+    @property
+    def stream_overlap_tokens(self) -> int:
+        """Tokens behind a piece of a stream that it must see."""
+        return _OVERLAP_TOKENS
+
     # -- piece by piece ----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def start_stream(
@@ -296,7 +301,7 @@ class CosyVoiceFlowModel(TokenToMelModel):
 
     def tokens_to_next_piece(self, state: CosyVoiceMelStream) -> int:
         """How many more tokens the streams need before they give frames again; 0 where they have ended."""
-        return 0 if state.finished else max(state.hop_tokens + _OVERLAP_TOKENS - len(state.waiting[0]), 0)
+        return 0 if state.finished else max(state.hop_tokens + self.stream_overlap_tokens - len(state.waiting[0]), 0)
 
     @torch.no_grad()
     def stream_mel(
