@@ -17,6 +17,8 @@ from tiny_cosyvoice_pack import CODES, write_pack
 from torch import Tensor
 from transformers import AutoModelForTextToWaveform, AutoProcessor
 
+from hf_speechllm.models.modeling_cosyvoice import CosyVoicePrompt
+
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 import check_parity
@@ -130,3 +132,34 @@ def test_what_differs_is_noticed(case, capsys):
     # A call that cannot run is said once more under the names that it leaves.
     assert set(changed) | {"other.run"} <= set(failed)
     assert not {"sft.in.text", "sft.mel0", "voices.mel0", "voices.in.text", "zero_shot.in.text"} & set(failed)
+
+
+@torch.no_grad()
+def test_streams_of_version_1_are_cut_as_the_model_cuts_them():
+    """The pieces that are checked against upstream's are those of the model's own stream."""
+    from parity.cosyvoice_pack import PackChecks
+    from tiny_cosyvoice import SPEECH_SIZE, tiny_cosyvoice
+
+    model = tiny_cosyvoice(1)
+    flow, draw = model.flow, torch.Generator().manual_seed(0)
+    tokens = torch.randint(SPEECH_SIZE, (1, 2 * 50 + flow.stream_overlap_tokens + 7), generator=draw)
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    prompt = CosyVoicePrompt(
+        empty, empty, torch.zeros(1, 0, flow.config.num_mel_bins), empty, torch.randn(1, 192, generator=draw)
+    )
+    noise = torch.randn(1, 2000, flow.config.num_mel_bins, generator=draw)
+    seen: list[Tensor] = []
+    checks = object.__new__(PackChecks)
+    checks.model, checks.mels, checks.draws = model, 0, {"flow": [noise]}
+    checks.check_mel = lambda mel: None
+    checks.vocode = lambda mel, state, draws, is_last: seen.append(mel)
+    checks.check_overlapping_stream(tokens, prompt)
+    state = flow.start_stream(prompt.speaker_embedding)
+    pieces = []
+    for token in tokens[0]:
+        assert len(state.waiting[0]) < state.hop_tokens + flow.stream_overlap_tokens
+        output, state = flow.stream_mel(state, token[None, None])
+        pieces.append(output.mel)
+    output, state = flow.stream_mel(state, empty, is_last=True)
+    expected = [piece.shape[1] for piece in [*pieces, output.mel] if piece.shape[1]]
+    assert [mel.shape[1] for mel in seen] == expected and len(expected) > 1
