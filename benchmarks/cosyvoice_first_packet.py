@@ -21,14 +21,14 @@ The spectrograms are compared first. `--tiny` has a small language model, a shor
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from cosyvoice_peer import PUBLISHED_LM, TINY_LM, build_flow, build_vocoder, import_peer, ours_lm, peer_lm
-from timing import HEADER, Comparison
+from timing import HEADER, Comparison, report
 from torch import Tensor, nn
 
 from hf_speechllm.models.configuration_cosyvoice import CosyVoiceConfig
@@ -218,7 +218,7 @@ def check_mel(peer: Peer, model: CosyVoiceForTextToWaveform, request: Request) -
         raise SystemExit(f"expected equal spectrograms, got {difference} apart")
 
 
-def measure(version: int, arguments: argparse.Namespace, report: Callable[[str], None]) -> Comparison:
+def measure(version: int, arguments: argparse.Namespace) -> Comparison:
     """Both sides in turn, after one run of each to warm up."""
     peer, model = build(version, arguments.tiny)
     request = make_request(version, arguments.prompt)
@@ -230,7 +230,8 @@ def measure(version: int, arguments: argparse.Namespace, report: Callable[[str],
             theirs.append(pair[0])
             ours.append(pair[1])
     for side, pieces in (("upstream", theirs), ("ours", ours)):
-        report(min(pieces, key=lambda piece: piece.total).row(version, side, model.config.sampling_rate))
+        fastest = min(pieces, key=lambda piece: piece.total)
+        report(fastest.row(version, side, model.config.sampling_rate), arguments.output)
     name = f"CosyVoice {version}, first piece, prompt of {arguments.prompt:g} s"
     return Comparison(name, "-", [piece.total for piece in theirs], [piece.total for piece in ours])
 
@@ -251,16 +252,10 @@ def main() -> None:
     torch.set_num_threads(1)
     import_peer(arguments.cosyvoice, arguments.matcha, arguments.dependencies)
 
-    def report(text: str) -> None:
-        print(text, flush=True)
-        if arguments.output is not None:
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-
-    report(PARTS_HEADER)
+    report(PARTS_HEADER, arguments.output)
     with torch.inference_mode():
-        rows = [measure(version, arguments, report).row() for version in arguments.versions]
-    report("\n" + "\n".join([HEADER, *rows]))
+        rows = [measure(version, arguments).row() for version in arguments.versions]
+    report("\n" + "\n".join([HEADER, *rows]), arguments.output)
 
 
 if __name__ == "__main__":

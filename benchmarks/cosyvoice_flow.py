@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from cosyvoice_peer import FLOWS, build_flow, import_peer
-from timing import HEADER, Comparison, compare
+from timing import HEADER, Comparison, compare, report
 from torch import Tensor, nn
 
 from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, unpack_linear_weights
@@ -227,20 +227,14 @@ def main() -> None:
     torch.set_num_threads(1)
     import_peer(arguments.cosyvoice, arguments.matcha, arguments.dependencies)
 
-    def report(text: str) -> None:
-        print(text, flush=True)
-        if arguments.output is not None:
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-
-    report(HEADER)
+    report(HEADER, arguments.output)
     seconds = TINY_SECONDS if arguments.tiny else SECONDS
     with torch.inference_mode():
         for version in arguments.versions:
             peer, model = build_flow(version)
             for name in arguments.only:
                 for comparison in COMPARISONS[name](version, peer, model, seconds, arguments.runs):
-                    report(comparison.row())
+                    report(comparison.row(), arguments.output)
 
 
 if __name__ == "__main__":

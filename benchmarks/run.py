@@ -24,7 +24,7 @@ from funasr_nar import nar
 from speechgpt_units import units
 from speechgpt_vocoder import vocoder
 from speechtokenizer import speechtokenizer
-from timing import HEADER
+from timing import HEADER, report
 from u2pp_attention import attention
 from u2pp_encoder import encoder, streaming, training_step
 from u2pp_fbank import fbank
@@ -74,14 +74,6 @@ def main() -> None:
                 continue
             for comparison in function() if option is None else function(checkout):
                 report(comparison.row(), arguments.output)
-
-
-def report(text: str, output: Path | None) -> None:
-    """Print, and append to the file: what was measured stays if a later comparison fails."""
-    print(text, flush=True)
-    if output is not None:
-        with output.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
 
 
 if __name__ == "__main__":

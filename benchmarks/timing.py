@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -69,3 +70,11 @@ def compare(
             function()
             seconds.append(time.process_time() - start)
     return comparison
+
+
+def report(text: str, output: Path | None) -> None:
+    """Print, and append to the file: what was measured stays if a later comparison fails."""
+    print(text, flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")

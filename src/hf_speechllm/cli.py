@@ -473,9 +473,7 @@ def synthesize(
         _check_output(output)
     _check_device(device)
     _check_bfloat16(bfloat16, device)
-    speak = _load_synthesiser(model, device, trust_remote_code)
-    if bfloat16:
-        _round_products(speak.model)
+    speak = _load_synthesiser(model, device, trust_remote_code, bfloat16)
     if speakers:
         for name in speak.processor.speakers:
             typer.echo(name)
@@ -508,26 +506,22 @@ def synthesize(
     typer.echo(f"{seconds:.2f} s of audio: {output}", err=True)
 
 
-def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool) -> Any:
+def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool, bfloat16: bool) -> Any:
     """The pipeline of a synthesiser."""
     model = _resolve_model(model, SHIPPED_SYNTHESISER, "a tiny English voice that knows only digits")
 
+    import torch
     from transformers import AutoModelForTextToWaveform, AutoProcessor
 
+    from .cpu_inference import pack_linear_weights
     from .models.pipeline_cosyvoice import CosyVoiceTextToSpeechPipeline
 
     processor, network = _from_pretrained(
         model, trust_remote_code, ["cosyvoice"], AutoProcessor, AutoModelForTextToWaveform
     )
+    if bfloat16:
+        pack_linear_weights(network, torch.bfloat16)
     return CosyVoiceTextToSpeechPipeline(network.eval(), processor, device=device)
-
-
-def _round_products(network: Any) -> None:
-    import torch
-
-    from .cpu_inference import pack_linear_weights
-
-    pack_linear_weights(network, torch.bfloat16)
 
 
 def _write_stream(pieces: "Iterator[np.ndarray]", output: Path, sampling_rate: int) -> float:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForTextToWaveform, AutoProcessor
 
 from .models.configuration_cosyvoice import CosyVoiceConfig
 from .models.feature_extraction_s3_tokenizer import S3FeatureExtractor
 from .models.modeling_cosyvoice import CosyVoiceForTextToWaveform, CosyVoicePrompt
 from .models.processing_cosyvoice import CosyVoiceProcessor
+from .models.ragged_rows import padded_with_mask
 from .models.streaming_cosyvoice import SpeechStream
 from .models.unit_string import parse_unit_string
 
@@ -92,8 +92,7 @@ class CosyVoiceUnits:
             return [torch.zeros(0) for _ in rows]
         _check_units(torch.cat(spoken).tolist(), self.config)
         prompt = self._voice(speaker, len(spoken))
-        ids = pad_sequence(spoken, batch_first=True).to(self.device)
-        mask = pad_sequence([torch.ones_like(row) for row in spoken], batch_first=True).to(self.device)
+        ids, mask = (value.to(self.device) for value in padded_with_mask("ids", spoken).values())
         generators = [torch.Generator().manual_seed(seed + row) for row in range(len(spoken))]
         mel, mel_mask = self.model.token_to_mel(ids, mask, prompt, num_steps, generator=generators)
         waveforms, waveform_mask = self.model.mel_to_waveform(mel, mel_mask, generators)
@@ -112,14 +111,11 @@ class CosyVoiceUnits:
 
     def _voice(self, speaker: str, rows: int) -> CosyVoicePrompt:
         """The speaker's recording, where there is one, and embedding, for every row."""
-        if speaker not in self.processor.speakers:
-            raise KeyError(f"speaker: expected one of {sorted(self.processor.speakers)}, got {speaker!r}")
-        known = self.processor.speakers[speaker]
-        ids = known.speech_ids[None].expand(rows, -1)
-        mel = known.mel[None].expand(rows, -1, -1)
-        speech_mask, mel_mask = (torch.ones(value.shape[:2], dtype=torch.long) for value in (ids, mel))
-        embedding = known.embedding[None].expand(rows, -1)
-        return CosyVoicePrompt(*(value.to(self.device) for value in (ids, speech_mask, mel, mel_mask, embedding)))
+        known = self.processor.known_speaker(speaker)
+        data = padded_with_mask("speech_ids", [known.speech_ids] * rows, "speech_mask")
+        data |= padded_with_mask("mel", [known.mel] * rows)
+        data["speaker_embedding"] = known.embedding.expand(rows, -1)
+        return CosyVoicePrompt(**{name: value.to(self.device) for name, value in data.items()})
 
 
 class CosyVoiceUnitStream:

@@ -45,7 +45,7 @@ def extract_speech_tokens(
     embeddings: list[Tensor] = [torch.zeros(0)] * len(utterances)
     with tqdm(total=len(utterances), unit="utterance", desc="speech tokens", disable=not progress) as bar:
         for batch in waveform_batches(utterances, tokenizer_extractor.sampling_rate, batch_seconds):
-            waveforms = [row[mask.bool()] for row, mask in zip(batch.input_values, batch.attention_mask, strict=True)]
+            waveforms = batch.waveforms
             features = tokenizer_extractor(waveforms).to(device)
             tokens = speech_tokenizer.encode(**features)
             voices = speaker_encoder(**speaker_extractor(waveforms).to(device)).embeddings

@@ -1,6 +1,7 @@
 """Utterances to speech units, in batches of similar length."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,13 +40,15 @@ def extract_units(
     Raises:
         AudioError: an audio file that cannot be used.
     """
-    by_speech_tokenizer = isinstance(model, S3TokenizerModel)
-    rate = S3FeatureExtractor().sampling_rate if by_speech_tokenizer else model.config.sampling_rate
-    encode = _speech_tokens if by_speech_tokenizer else _reduced_units
+    if isinstance(model, S3TokenizerModel):
+        extractor = S3FeatureExtractor(feature_size=model.config.num_mel_bins)
+        rate, encode = extractor.sampling_rate, partial(_speech_tokens, model, extractor)
+    else:
+        rate, encode = model.config.sampling_rate, partial(_reduced_units, model)
     rows: list[dict[str, Any]] = [{} for _ in utterances]
     with tqdm(total=len(utterances), unit="utterance", desc="units", disable=not progress) as bar:
         for batch in waveform_batches(utterances, rate, batch_seconds):
-            for index, (units, durations) in zip(batch.indices, encode(model, batch), strict=True):
+            for index, (units, durations) in zip(batch.indices, encode(batch), strict=True):
                 item = utterances[index]
                 rows[index] = {
                     **item.columns,
@@ -69,9 +72,7 @@ def _reduced_units(model: SpeechGptUnitsModel, batch: WaveformBatch) -> list[Uni
     ]
 
 
-def _speech_tokens(model: S3TokenizerModel, batch: WaveformBatch) -> list[Units]:
-    extractor = S3FeatureExtractor(feature_size=model.config.num_mel_bins)
-    waveforms = [row[mask.bool()] for row, mask in zip(batch.input_values, batch.attention_mask, strict=True)]
-    output = model.encode(**extractor(waveforms).to(model.device))
+def _speech_tokens(model: S3TokenizerModel, extractor: S3FeatureExtractor, batch: WaveformBatch) -> list[Units]:
+    output = model.encode(**extractor(batch.waveforms).to(model.device))
     tokens = [ids[mask].tolist() for ids, mask in zip(output.token_ids, output.token_mask, strict=True)]
     return [(row, [1] * len(row)) for row in tokens]

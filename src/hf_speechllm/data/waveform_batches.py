@@ -27,6 +27,11 @@ class WaveformBatch:
     input_values: Tensor
     attention_mask: Tensor
 
+    @property
+    def waveforms(self) -> list[Tensor]:
+        """`(samples,)` each, without padding."""
+        return [row[mask.bool()] for row, mask in zip(self.input_values, self.attention_mask, strict=True)]
+
 
 def waveform_batches(
     utterances: Sequence[Utterance], sampling_rate: int, batch_seconds: float = 60.0

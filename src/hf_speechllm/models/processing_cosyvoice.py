@@ -122,12 +122,17 @@ class CosyVoiceProcessor(ProcessorMixin):
         if not total > 0:
             raise ValueError(f"shares: expected a positive sum, got {shares}")
         rows = [
-            share / total * torch.nn.functional.normalize(self._speaker(speaker).embedding, dim=0)
+            share / total * torch.nn.functional.normalize(self.known_speaker(speaker).embedding, dim=0)
             for speaker, share in shares.items()
         ]
         self.speakers[name] = CosyVoiceSpeaker(embedding=torch.stack(rows).sum(0))
 
-    def _speaker(self, name: str) -> CosyVoiceSpeaker:
+    def known_speaker(self, name: str) -> CosyVoiceSpeaker:
+        """The speaker of this name.
+
+        Raises:
+            KeyError: an unknown one.
+        """
         if name not in self.speakers:
             raise KeyError(f"speaker: expected one of {sorted(self.speakers)}, got {name!r}")
         return self.speakers[name]
@@ -180,7 +185,7 @@ class CosyVoiceProcessor(ProcessorMixin):
         )
         for row in rows:
             if isinstance(row["speaker"], str):
-                row["speaker"] = self._speaker(row["speaker"])
+                row["speaker"] = self.known_speaker(row["speaker"])
             row["mode"] = self._mode(row)
         converts = [row["mode"] == "voice_conversion" for row in rows]
         if any(converts) and not all(converts):
