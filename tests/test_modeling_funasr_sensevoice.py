@@ -366,8 +366,8 @@ def logits_of(*labels: int) -> torch.Tensor:
 
 
 def decode(model, monkeypatch, logits: torch.Tensor, **options):
-    """`generate` of a model whose head says `logits`, prompt frames included."""
-    monkeypatch.setattr(model.ctc_head, "forward", lambda hidden: logits)
+    """`generate` of a model whose head says `logits`, prompt frames included. The head sees the real frames alone."""
+    monkeypatch.setattr(model.ctc_head, "forward", lambda hidden: logits[0])
     return model.generate(torch.zeros(1, logits.shape[1] - 4, 24), return_dict_in_generate=True, **options)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cif_timestamps import firing_segments, token_times
-from .mixed_lengths import encode_apart, lengths_to_encode_apart
+from .mixed_lengths import encode_apart, encode_joined, lengths_to_encode_apart
 
 
 # Frame that the rules in `cif_timestamps.py` count in.
@@ -101,6 +101,8 @@ class FunasrParaformerGenerationMixin:
         if lengths is None:
             encoded = self.model(input_features, attention_mask)
             return encoded.last_hidden_state, encoded.attention_mask
+        if self.config.encoder_type == "sanm":
+            return encode_joined(self.model.encode_joined, input_features, lengths)
         return encode_apart(lambda row, frames: self.model(frames).last_hidden_state, input_features, lengths)
 
     def _hotword_ids(self, hotwords: list[list[int]] | None, device: torch.device) -> Tensor | None:

@@ -128,8 +128,7 @@ class FunasrSenseVoiceModel(FunasrSenseVoicePreTrainedModel):
             row = [config.language_prompt_ids["auto"], config.emotion_prompt_id, config.event_prompt_id]
             row.append(config.textnorm_prompt_ids["woitn"])
             prompt_ids = torch.tensor([row], device=input_features.device).expand(batch, -1)
-        prompts = self.prompt_embeddings(prompt_ids)
-        frames = torch.cat([prompts, input_features.to(prompts.dtype)], dim=1)
+        frames = self.with_prompts(input_features, prompt_ids)
         mask = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         padded = None
         if attention_mask is not None and not bool(attention_mask.all()):
@@ -139,6 +138,11 @@ class FunasrSenseVoiceModel(FunasrSenseVoicePreTrainedModel):
         if padded is not None:
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0.0)
         return FunasrSenseVoiceEncoderOutput(last_hidden_state=hidden_states, attention_mask=mask)
+
+    def with_prompts(self, input_features: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The encoder's input `(b, 4 + t, input_size)`: embeddings of the prompts `(b, 4)`, then the features."""
+        prompts = self.prompt_embeddings(prompt_ids)
+        return torch.cat([prompts, input_features.to(prompts.dtype)], dim=1)
 
 
 class FunasrSenseVoiceForSpeechRecognition(FunasrSenseVoiceGenerationMixin, FunasrSenseVoicePreTrainedModel):

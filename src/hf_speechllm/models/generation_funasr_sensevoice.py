@@ -8,16 +8,17 @@ frames, whose output answers language, emotion, event and text normalisation, an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from .configuration_funasr_sensevoice import UNKNOWN_EMOTION
 from .context_graph import ContextGraph
 from .ctc import ctc_forced_alignment, ctc_prefix_beam_search
-from .mixed_lengths import encode_apart, lengths_to_encode_apart
+from .mixed_lengths import encode_joined, lengths_to_encode_apart
 
 
 DECODINGS = ("ctc_greedy", "ctc_prefix_beam_search")
@@ -58,6 +59,41 @@ class Transcript:
     tokens: list[int]
     frames: list[int]
     score: float
+
+
+# Frames of which the probabilities are normalised at a time: 25055 units of each are 1.6 MB, which stays in the cache.
+_FRAMES_AT_ONCE = 16
+
+
+@dataclass
+class FrameScores:
+    """Scores of the real frames of a batch, one utterance behind the other.
+
+    Args:
+        logits (`(f, v)` float32), lengths: frames of each utterance, prompt frames included; their sum is `f`.
+        best, labels (`(f,)`): the largest logit and its label. normalizers (`(f,)`): log of the sum of exponentials.
+    """
+
+    logits: Tensor
+    lengths: list[int]
+    best: Tensor
+    labels: Tensor
+    normalizers: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, lengths: list[int]) -> "FrameScores":
+        best, labels = logits.max(dim=-1)
+        normalizers, scratch = torch.empty_like(best), torch.empty_like(logits[:_FRAMES_AT_ONCE])
+        for start in range(0, len(logits), _FRAMES_AT_ONCE):
+            piece, highest = logits[start : start + _FRAMES_AT_ONCE], best[start : start + _FRAMES_AT_ONCE]
+            differences = torch.sub(piece, highest[:, None], out=scratch[: len(piece)])
+            normalizers[start : start + len(piece)] = differences.exp_().sum(dim=-1).log_() + highest
+        return cls(logits, lengths, best, labels, normalizers)
+
+    def spans(self) -> list[slice]:
+        """Where each utterance lies."""
+        ends = list(accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
 
 class FunasrSenseVoiceGenerationMixin:
@@ -108,23 +144,23 @@ class FunasrSenseVoiceGenerationMixin:
             raise ValueError("hotwords: need decoding='ctc_prefix_beam_search', got 'ctc_greedy'")
         prompt_ids = self.prompt_ids(input_features.shape[0], language, use_itn).to(input_features.device)
         hidden, mask = self._encode(input_features, attention_mask, prompt_ids)
-        logits, lengths = self.ctc_head(hidden).float(), mask.sum(dim=-1)
-        searched = logits
-        if ban_emo_unk:
-            if UNKNOWN_EMOTION not in self.config.emotion_token_ids:
+        frames = FrameScores.of(self.ctc_head(hidden[mask]).float(), mask.sum(dim=-1).tolist())
+        searched = frames
+        if ban_emo_unk or blank_penalty:
+            if ban_emo_unk and UNKNOWN_EMOTION not in self.config.emotion_token_ids:
                 raise ValueError(f"ban_emo_unk: emotion_token_ids has no {UNKNOWN_EMOTION}")
-            searched = logits.clone()
-            searched[..., self.config.emotion_token_ids[UNKNOWN_EMOTION]] = -float("inf")
-        if blank_penalty:
-            searched = searched.clone()
-            searched[..., self.config.pad_token_id] -= blank_penalty
-        transcripts = self._greedy(searched, lengths)
+            changed = frames.logits.clone()
+            if ban_emo_unk:
+                changed[:, self.config.emotion_token_ids[UNKNOWN_EMOTION]] = -float("inf")
+            changed[:, self.config.pad_token_id] -= blank_penalty
+            searched = FrameScores.of(changed, frames.lengths)
+        transcripts = self._greedy(searched)
         if decoding == "ctc_prefix_beam_search":
             graph = ContextGraph(hotwords, hotwords_score) if hotwords else None
-            self._search(transcripts, searched, lengths, num_beams, graph)
+            self._search(transcripts, searched, num_beams, graph)
         if not (return_dict_in_generate or return_timestamps):
-            return self._pad([row.answers + row.tokens for row in transcripts], logits.device)
-        return self._collate(transcripts, logits, searched, lengths)
+            return self._pad([row.answers + row.tokens for row in transcripts], hidden.device)
+        return self._collate(transcripts, frames, searched)
 
     def _encode(
         self, input_features: Tensor, attention_mask: Tensor | None, prompt_ids: Tensor
@@ -134,11 +170,9 @@ class FunasrSenseVoiceGenerationMixin:
         if lengths is None:
             encoded = self.model(input_features, attention_mask, prompt_ids)
             return encoded.last_hidden_state, encoded.attention_mask
-
-        def encode(row: int, frames: Tensor) -> Tensor:
-            return self.model(frames, None, prompt_ids[row : row + 1]).last_hidden_state
-
-        return encode_apart(encode, input_features, lengths)
+        frames = self.model.with_prompts(input_features, prompt_ids)
+        first = self.config.num_prompt_frames
+        return encode_joined(self.model.encoder.forward_joined, frames, [first + length for length in lengths])
 
     def prompt_ids(self, batch_size: int, language: str | Sequence[str], use_itn: bool | Sequence[bool]) -> Tensor:
         """Rows of the prompt embedding `(batch_size, 4)` int64 for names, one for all or one for each.
@@ -200,41 +234,38 @@ class FunasrSenseVoiceGenerationMixin:
             log_probs, lengths, labels.clamp_min(0), real.sum(dim=-1), self.config.pad_token_id
         )
 
-    def _greedy(self, logits: Tensor, lengths: Tensor) -> list[Transcript]:
+    def _greedy(self, frames: FrameScores) -> list[Transcript]:
         """Best label of every frame. Repeats merge across the border between prompts and audio, as upstream."""
         first, blank = self.config.num_prompt_frames, self.config.pad_token_id
-        best, labels = logits.max(dim=-1)
-        log_probs = best - logits.logsumexp(dim=-1)
         transcripts = []
-        for label_row, log_prob_row, length in zip(labels.tolist(), log_probs.tolist(), lengths.tolist(), strict=True):
-            row = Transcript([], [], [], [], sum(log_prob_row[:length]))
-            for token, start, end in runs(label_row[:length]):
+        labels, log_probs = frames.labels.tolist(), (frames.best - frames.normalizers).tolist()
+        for span in frames.spans():
+            label_row, log_prob_row = labels[span], log_probs[span]
+            row = Transcript([], [], [], [], sum(log_prob_row))
+            for token, start, end in runs(label_row):
                 if token == blank:
                     continue
                 peak = max(range(start, end), key=log_prob_row.__getitem__)
-                tokens, frames = (row.answers, row.answer_frames) if start < first else (row.tokens, row.frames)
+                tokens, places = (row.answers, row.answer_frames) if start < first else (row.tokens, row.frames)
                 tokens.append(token)
-                frames.append(peak)
+                places.append(peak)
             transcripts.append(row)
         return transcripts
 
     def _search(
-        self,
-        transcripts: list[Transcript],
-        logits: Tensor,
-        lengths: Tensor,
-        num_beams: int,
-        graph: ContextGraph | None,
+        self, transcripts: list[Transcript], frames: FrameScores, num_beams: int, graph: ContextGraph | None
     ) -> None:
         """Replace the texts by those of a prefix beam search over the audio's frames, in place."""
         first = self.config.num_prompt_frames
-        log_probs = logits[:, first:].log_softmax(dim=-1)
-        found = ctc_prefix_beam_search(log_probs, lengths - first, num_beams, self.config.pad_token_id, graph)
+        log_probs = [frames.logits[span][first:].log_softmax(dim=-1) for span in frames.spans()]
+        lengths = torch.tensor([len(row) for row in log_probs], device=frames.logits.device)
+        padded = pad_sequence(log_probs, batch_first=True)
+        found = ctc_prefix_beam_search(padded, lengths, num_beams, self.config.pad_token_id, graph)
         for row, result in zip(transcripts, found, strict=True):
             row.tokens, row.score = result.tokens[0], result.scores[0]
             row.frames = [frame + first for frame in result.frames[0]]
 
-    def _token_times(self, transcripts: list[Transcript], logits: Tensor, lengths: Tensor) -> list[list[list[float]]]:
+    def _token_times(self, transcripts: list[Transcript], frames: FrameScores) -> list[list[list[float]]]:
         """Start and end in seconds of each token of the texts.
 
         The decoded ids themselves are aligned (upstream re-encodes the text piece by piece, and fails where that
@@ -242,43 +273,48 @@ class FunasrSenseVoiceGenerationMixin:
         start, and nothing ends later than half a frame before the last frame's end.
         """
         first, blank = self.config.num_prompt_frames, self.config.pad_token_id
-        log_probs = logits[:, first:].log_softmax(dim=-1)
-        if log_probs.shape[1] == 0:
+        device = frames.logits.device
+        counts = torch.tensor([length - first for length in frames.lengths], device=device)
+        if not bool(counts.any()):
             return [[] for _ in transcripts]
-        is_blank = log_probs.argmax(dim=-1) == blank
-        log_probs[..., blank] = log_probs[..., blank].masked_fill(is_blank, 0.0)
-        texts = self._pad([row.tokens for row in transcripts], logits.device)
-        counts = torch.tensor([len(row.tokens) for row in transcripts], device=logits.device)
-        frames = lengths - first
-        path = ctc_forced_alignment(log_probs, frames, texts, counts, blank)
+        # Of the vocabulary only the blank and the tokens of the text are looked at: columns 0, 1 … n.
+        columns = nn.functional.pad(self._pad([row.tokens for row in transcripts], device), (1, 0), value=blank)
+        emissions = []
+        for span, chosen in zip(frames.spans(), columns, strict=True):
+            log_probs = frames.logits[span][first:, chosen] - frames.normalizers[span][first:, None]
+            log_probs[:, 0].masked_fill_(frames.labels[span][first:] == blank, 0.0)
+            emissions.append(log_probs)
+        # A token that comes again keeps the column of its first time: equal neighbours need a blank between them.
+        labels = (columns[:, 1:, None] == columns[:, None, :]).int().argmax(dim=-1)
+        token_counts = torch.tensor([len(row.tokens) for row in transcripts], device=device)
+        path = ctc_forced_alignment(pad_sequence(emissions, batch_first=True), counts, labels, token_counts, blank=0)
         step = self.config.seconds_per_frame
         half = step / 2
         times = []
-        for labels, count in zip(path.tolist(), frames.tolist(), strict=True):
-            spans = [(start, end) for token, start, end in runs(labels[:count]) if token != blank]
+        for labels_of_row, count in zip(path.tolist(), counts.tolist(), strict=True):
+            spans = [(start, end) for column, start, end in runs(labels_of_row[:count]) if column != 0]
             latest = count * step - half
             times.append([[max(start * step - half, 0.0), min(end * step - half, latest)] for start, end in spans])
         return times
 
     def _collate(
-        self, transcripts: list[Transcript], logits: Tensor, searched: Tensor, lengths: Tensor
+        self, transcripts: list[Transcript], frames: FrameScores, searched: FrameScores
     ) -> FunasrSenseVoiceGenerateOutput:
-        device, first = logits.device, self.config.num_prompt_frames
+        device, first = frames.logits.device, self.config.num_prompt_frames
+        starts = torch.tensor([span.start for span in searched.spans()], dtype=torch.long, device=device)
         sequences = self._pad([row.answers + row.tokens for row in transcripts], device)
         timestamps = torch.zeros(*sequences.shape, 2)
         confidences = torch.zeros(sequences.shape)
         token_frames = torch.full(sequences.shape, -1)
         means = []
-        normaliser = searched.logsumexp(dim=-1)
-        for index, (row, times) in enumerate(
-            zip(transcripts, self._token_times(transcripts, logits, lengths), strict=True)
-        ):
+        rows = zip(transcripts, self._token_times(transcripts, frames), searched.spans(), strict=True)
+        for index, (row, times, span) in enumerate(rows):
             prompts, count = len(row.answers), len(row.answers) + len(row.tokens)
             if not count:
                 means.append(1.0)
                 continue
-            frames = torch.tensor(row.answer_frames + row.frames, device=device)
-            picked = searched[index, frames, sequences[index, :count]] - normaliser[index, frames]
+            places = torch.tensor(row.answer_frames + row.frames, device=device)
+            picked = searched.logits[span][places, sequences[index, :count]] - searched.normalizers[span][places]
             confidences[index, :count] = picked.exp().cpu()
             means.append(float(picked[prompts:].mean().exp()) if row.tokens else 1.0)
             if row.tokens:
@@ -288,7 +324,7 @@ class FunasrSenseVoiceGenerationMixin:
             sequences=sequences,
             sequences_lengths=torch.tensor([len(row.answers) + len(row.tokens) for row in transcripts], device=device),
             prompt_lengths=torch.tensor([len(row.answers) for row in transcripts], device=device),
-            prompt_answers=searched[:, :first].argmax(dim=-1),
+            prompt_answers=searched.labels[starts[:, None] + torch.arange(first, device=device)],
             scores=torch.tensor([row.score for row in transcripts], dtype=torch.float64, device=device),
             token_timestamps=timestamps.to(device),
             token_confidences=confidences.to(device),

@@ -1,4 +1,5 @@
-"""Batches of mixed lengths without computing their padding: on a CPU each utterance goes through the encoder alone.
+"""Batches of mixed lengths without computing their padding: on a CPU each utterance goes through the encoder alone, or
+one behind the other where the encoder knows how.
 
 A CPU gains little from a batch, since one utterance already keeps it busy, and pays for every padded frame. Only for
 encoders whose result for an utterance does not depend on the batch, and where no gradient is needed.
@@ -15,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 _LEAST_PADDING = 0.1
 # Shorter utterances are over before the weights have been read.
 _LEAST_FRAMES = 16
+# More frames in one product gain nothing, and their activations leave the cache.
+_MOST_JOINED_FRAMES = 1024
 
 
 def lengths_to_encode_apart(features: Tensor, attention_mask: Tensor | None) -> list[int] | None:
@@ -41,7 +44,28 @@ def encode_apart(
     Returns:
         their frames `(b, t', c)`, zero where padded, and the mask `(b, t')`, bool, True = real.
     """
-    pieces = [encode(row, features[row : row + 1, :length])[0] for row, length in enumerate(lengths)]
+    return _pad([encode(row, features[row : row + 1, :length])[0] for row, length in enumerate(lengths)])
+
+
+def encode_joined(
+    encode: Callable[[list[Tensor]], list[Tensor]], features: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Run `encode([(length, input_size), …]) -> [(t', c), …]` on a few utterances at a time.
+
+    Returns:
+        as `encode_apart`.
+    """
+    pieces: list[Tensor] = []
+    group: list[Tensor] = []
+    for frames, length in zip(features, lengths, strict=True):
+        if group and sum(map(len, group)) + length > _MOST_JOINED_FRAMES:
+            pieces += encode(group)
+            group = []
+        group.append(frames[:length])
+    return _pad(pieces + encode(group))
+
+
+def _pad(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
     hidden = pad_sequence(pieces, batch_first=True)
     counts = torch.tensor([len(piece) for piece in pieces])
     return hidden, torch.arange(hidden.shape[1]) < counts[:, None]

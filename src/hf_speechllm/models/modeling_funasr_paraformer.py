@@ -189,6 +189,11 @@ class FunasrParaformerModel(FunasrParaformerPreTrainedModel):
             hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
         return FunasrParaformerEncoderOutput(last_hidden_state=hidden_states, attention_mask=frame_mask)
 
+    def encode_joined(self, utterances: list[Tensor]) -> list[Tensor]:
+        """Frames `(t, hidden_size)` of a SAN-M encoder for utterances `(t, input_size)`, each as it would be alone."""
+        dtype = self.predictor.conv.weight.dtype
+        return self.encoder.forward_joined([frames.to(dtype) for frames in utterances])
+
     def encode_hotwords(self, hotword_ids: Tensor) -> Tensor:
         """Token ids `(w, m)`, negative = padding, at least one token each → vectors `(w, hidden_size)`."""
         lengths = (hotword_ids >= 0).sum(dim=-1)
