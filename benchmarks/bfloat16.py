@@ -18,7 +18,7 @@ import torch
 from transformers import pipeline
 
 from hf_speechllm.audio import load_audio
-from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights
+from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, use_bfloat16_products
 from hf_speechllm.data.manifests import parse_filters, read_manifest
 from hf_speechllm.train.metrics import metric_path
 
@@ -54,7 +54,10 @@ def main() -> None:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         # Not part of the time, and so the two sides cannot take turns.
-        pack_linear_weights(recognise.model, dtype)
+        if dtype == torch.bfloat16:
+            use_bfloat16_products(recognise.model)
+        else:
+            pack_linear_weights(recognise.model)
         run(dtype)
         seconds[dtype] = min(cpu_seconds(lambda kind=dtype: run(kind)) for _ in range(arguments.runs))
     wer = evaluate.load(metric_path("wer"))

@@ -21,7 +21,7 @@ from cosyvoice_peer import FLOWS, build_flow, import_peer
 from timing import HEADER, Comparison, compare, report
 from torch import Tensor, nn
 
-from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, unpack_linear_weights
+from hf_speechllm.cpu_inference import has_bfloat16_products, unpack_linear_weights, use_bfloat16_products
 from hf_speechllm.models.causal_token_to_mel import CausalTokenToMelModel
 from hf_speechllm.models.modeling_cosyvoice_flow import CosyVoiceFlowModel
 from hf_speechllm.models.token_to_mel import TokenToMelModel
@@ -166,11 +166,12 @@ def compare_sentence(
     run_both = (lambda: run_peer(peer, one), lambda: run_ours(model, [one]))
     yield compare(name, ">= 1.1", *run_both, runs=runs, warm_up=False)
     if has_bfloat16_products():
-        pack_linear_weights(model, torch.bfloat16)
+        use_bfloat16_products(model)
         error = float((run_ours(model, [one])[0] - exact).norm() / exact.norm())
-        name += f", ours packed in bfloat16 (mel {100 * error:.1f} % off)"
+        name += f", ours in bfloat16 (mel {100 * error:.1f} % off)"
         yield compare(name, "", *run_both, runs=runs, warm_up=False)
         unpack_linear_weights(model)
+        model.set_attn_implementation("sdpa")
 
 
 def compare_four(
@@ -181,14 +182,16 @@ def compare_four(
     mels, mask = run_ours(model, four)
     for mel, real, item in zip(mels, mask, four, strict=True):
         check_equal(mel[real][None], run_peer(peer, item), f"version {version}, four sentences")
-    yield compare(
-        f"CosyVoice {version} flow, 4 sentences, {sum(seconds['four']):g} s",
-        ">= 2",
-        lambda: [run_peer(peer, item) for item in four],
-        lambda: run_ours(model, four),
-        runs=runs,
-        warm_up=False,
-    )
+    name = f"CosyVoice {version} flow, 4 sentences, {sum(seconds['four']):g} s"
+    run_both = (lambda: [run_peer(peer, item) for item in four], lambda: run_ours(model, four))
+    yield compare(name, ">= 2", *run_both, runs=runs, warm_up=False)
+    if has_bfloat16_products():
+        use_bfloat16_products(model)
+        error = float((run_ours(model, four)[0] - mels).norm() / mels.norm())
+        name += f", ours in bfloat16 (mel {100 * error:.1f} % off)"
+        yield compare(name, "", *run_both, runs=runs, warm_up=False)
+        unpack_linear_weights(model)
+        model.set_attn_implementation("sdpa")
 
 
 def compare_stream(

@@ -21,7 +21,7 @@ import torch
 from cosyvoice_peer import PUBLISHED_LM, TINY_LM, import_peer, ours_lm, peer_lm
 from timing import HEADER, Comparison, compare
 
-from hf_speechllm.cpu_inference import pack_linear_weights, unpack_linear_weights
+from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, unpack_linear_weights
 from hf_speechllm.cpu_int8 import quantize_linear_weights
 from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
 from hf_speechllm.models.ras_sampling import RasSettings
@@ -29,6 +29,8 @@ from hf_speechllm.models.ras_sampling import RasSettings
 
 WORDS, PROMPT_SPEECH = 20, 50
 GREEDY = RasSettings(top_k=1, threshold=1.1)
+# Our weights: as loaded, or packed in this type.
+WEIGHTS = {None: "", torch.float32: ", ours with packed weights", torch.bfloat16: ", ours with weights in bfloat16"}
 
 
 def sentences(count: int, text_size: int, speech_size: int) -> list[dict[str, torch.Tensor]]:
@@ -155,10 +157,14 @@ def main() -> None:
     for count, goal in ((1, ">= 1.3"), (8, ">= 3")):
         rows = sentences(count, sizes["vocab_size"], speech_size)
         check_ids(peer, model, rows)
-        for packed in (False, True):
-            if packed and not pack_linear_weights(model):
+        for packed in WEIGHTS:
+            if packed == torch.bfloat16 and not has_bfloat16_products():
                 continue
-            kind = ", ours with packed weights" if packed else ""
+            if packed is not None and not pack_linear_weights(model, packed):
+                continue
+            kind = {None: "", torch.float32: ", ours with packed weights", torch.bfloat16: ", ours in bfloat16"}[
+                packed
+            ]
             comparison = compare(
                 f"LM, {count} sentence(s) of {arguments.tokens} tokens{kind}",
                 goal,

@@ -8,7 +8,7 @@ import torch
 from funasr_peer import build_pair, voices
 from timing import Comparison, compare
 
-from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights
+from hf_speechllm.cpu_inference import has_bfloat16_products, pack_linear_weights, use_bfloat16_products
 
 
 # Seconds of the utterances of a batch: 57 of speech, and 39 more if all are padded to the longest.
@@ -51,8 +51,10 @@ def end_to_end(checkout: Path, name: str) -> Iterator[Comparison]:
     for seconds, goal, packed in rows:
         kind = ""
         if packed is not None:
-            pack_linear_weights(pair.model, packed)
+            pack_linear_weights(pair.model)
             kind = ", ours packed"
+        if packed == torch.bfloat16:
+            use_bfloat16_products(pair.model)
         waveforms, size = voices(seconds), len(seconds)
         texts, found = peer(waveforms, 1), ours(waveforms, size)
         assert any(texts)

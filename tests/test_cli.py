@@ -91,7 +91,8 @@ def test_bfloat16_products_are_asked_for(tiny_model_dir, recordings, monkeypatch
     """What the processor of the moment has must not matter here: the switch itself is tested."""
     packed = []
     monkeypatch.setattr(cpu_inference, "has_bfloat16_products", lambda: has_units)
-    monkeypatch.setattr(cpu_inference, "pack_linear_weights", lambda model, dtype: packed.append(dtype))
+    monkeypatch.setattr(cpu_inference, "pack_linear_weights", lambda model: packed.append(torch.float32))
+    monkeypatch.setattr(cpu_inference, "use_bfloat16_products", lambda model: packed.append(torch.bfloat16))
     arguments = ("transcribe", recordings[0], "--model", tiny_model_dir)
     run(*arguments)
     result = run(*arguments, "--bfloat16", code=0 if has_units else 2)

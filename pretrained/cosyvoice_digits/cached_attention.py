@@ -5,7 +5,9 @@ Shape legend: `b` batch, `t` frames, `s` keys, `c` channels.
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import eager_attention_forward
 from .causal_cache import CausalCache
 
 
@@ -13,16 +15,21 @@ class CachedSelfAttention(nn.Module):
     """Projections, optional rotation, attention, projection.
 
     Args:
+        config: of the model, names the kernel (`attn_implementation`).
         hidden_size, num_heads, head_dim (`int`): the heads may be wider or narrower than `hidden_size` in all.
         bias (`bool`): of the query, key and value projections; the output projection always has one.
     """
 
     cache_index = 0
+    is_causal = False
+    num_key_value_groups = 1
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, bias: bool) -> None:
+    def __init__(self, config, hidden_size: int, num_heads: int, head_dim: int, bias: bool) -> None:
         super().__init__()
         inner = num_heads * head_dim
+        self.config = config
         self.head_dim = head_dim
+        self.scaling = head_dim**-0.5
         self.q_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.k_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
@@ -47,8 +54,9 @@ class CachedSelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.extend_attention(self.cache_index, key, value)
         heads = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
-        context = nn.functional.scaled_dot_product_attention(*heads, attn_mask=visible)
-        return self.o_proj(context.transpose(1, 2).flatten(2))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, _ = attention(self, *heads, visible, scaling=self.scaling, is_causal=False)
+        return self.o_proj(context.flatten(2))
 
 
 def rotate(projected: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

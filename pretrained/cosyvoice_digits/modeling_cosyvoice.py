@@ -92,6 +92,7 @@ class CosyVoiceForTextToWaveform(PreTrainedModel):
     input_modalities = ("text", "audio")
     output_modalities = ("audio",)
     _supports_sdpa = True
+    _supports_attention_backend = True
     _no_split_modules: list[str] = []
 
     def __init__(self, config: CosyVoiceConfig) -> None:

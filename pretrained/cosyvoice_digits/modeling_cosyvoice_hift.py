@@ -153,6 +153,8 @@ class CosyVoiceHiftModel(PreTrainedModel):
     config: CosyVoiceHiftConfig
     base_model_prefix = "model"
     main_input_name = "mel"
+    # Nothing attends here, so that a CosyVoice may be told any kernel for the parts that do.
+    _supports_sdpa = True
     output_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["CosyVoiceHiftResidualBlock"]

@@ -42,7 +42,7 @@ class UNet1dLayer(GradientCheckpointingLayer):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
         self.self_attn = CachedSelfAttention(
-            hidden_size, config.estimator_num_attention_heads, config.estimator_head_dim, bias=False
+            config, hidden_size, config.estimator_num_attention_heads, config.estimator_head_dim, bias=False
         )
         self.attention_dropout = nn.Dropout(config.estimator_dropout)
         self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)

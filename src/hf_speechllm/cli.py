@@ -152,15 +152,17 @@ def _check_bfloat16(wanted: bool, device: str = "cpu") -> None:
 
 def _load(model: str, trust_remote_code: bool, bfloat16: bool = False) -> tuple[Any, Any]:
     """A recogniser in evaluation mode, and its processor."""
-    import torch
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-    from .cpu_inference import pack_linear_weights
+    from .cpu_inference import pack_linear_weights, use_bfloat16_products
 
     # The code of a stranger's model says itself what it can do.
     families = None if trust_remote_code else RECOGNISERS
     processor, network = _from_pretrained(model, trust_remote_code, families, AutoProcessor, AutoModelForSpeechSeq2Seq)
-    pack_linear_weights(network.eval(), torch.bfloat16 if bfloat16 else torch.float32)
+    if bfloat16:
+        use_bfloat16_products(network.eval())
+    else:
+        pack_linear_weights(network.eval())
     return network, processor
 
 
@@ -510,17 +512,16 @@ def _load_synthesiser(model: str | None, device: str, trust_remote_code: bool, b
     """The pipeline of a synthesiser."""
     model = _resolve_model(model, SHIPPED_SYNTHESISER, "a tiny English voice that knows only digits")
 
-    import torch
     from transformers import AutoModelForTextToWaveform, AutoProcessor
 
-    from .cpu_inference import pack_linear_weights
+    from .cpu_inference import use_bfloat16_products
     from .models.pipeline_cosyvoice import CosyVoiceTextToSpeechPipeline
 
     processor, network = _from_pretrained(
         model, trust_remote_code, ["cosyvoice"], AutoProcessor, AutoModelForTextToWaveform
     )
     if bfloat16:
-        pack_linear_weights(network, torch.bfloat16)
+        use_bfloat16_products(network)
     return CosyVoiceTextToSpeechPipeline(network.eval(), processor, device=device)
 
 

@@ -1,4 +1,5 @@
-"""Faster inference on CPUs: weights of linear layers in the blocked layout of oneDNN, in float32 or in bfloat16.
+"""Faster inference on CPUs: weights of linear layers in the blocked layout of oneDNN, in float32 or in bfloat16; and
+attention in bfloat16.
 
 torch's eager `linear` hands float32 products to a BLAS that takes plain matrices and packs them anew in every call.
 For the few rows of a streamed chunk packing costs more than the product, and on many machines oneDNN's kernels are the
@@ -12,6 +13,11 @@ the time for a product; others take longer than in float32.
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .models.frame_convolution import FrameConv1d
 
 
 class PackedWeight:
@@ -35,25 +41,48 @@ def weight_version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+def packed_product(module: "PackedLinear | PackedFrameConv1d", inputs: Tensor) -> Tensor | None:
+    """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used."""
+    usable = (
+        inputs.dtype == torch.float32
+        and inputs.device.type == "cpu"
+        and inputs.numel() > 0
+        and weight_version(module.weight) == module.packed_weight.version
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not usable:
+        return None
+    weight = module.packed_weight.tensor
+    product = torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, module.bias, "none", [], "")
+    return product.to(inputs.dtype)
+
+
 class PackedLinear(nn.Linear):
     """A linear layer that uses its packed weight where gradients are off; [`pack_linear_weights`] makes them."""
 
     packed_weight: PackedWeight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        usable = (
-            inputs.dtype == torch.float32
-            and inputs.device.type == "cpu"
-            and inputs.numel() > 0
-            and weight_version(self.weight) == self.packed_weight.version
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-        )
-        if not usable:
-            return nn.functional.linear(inputs, self.weight, self.bias)
-        weight = self.packed_weight.tensor
-        product = torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, self.bias, "none", [], "")
-        return product.to(inputs.dtype)
+        product = packed_product(self, inputs)
+        return super().forward(inputs) if product is None else product
+
+    def flat_weight(self) -> Tensor:
+        return self.weight
+
+
+class PackedFrameConv1d(FrameConv1d):
+    """The same for a convolution over frames, which is one product."""
+
+    packed_weight: PackedWeight
+
+    def multiply(self, taps: Tensor) -> Tensor:
+        product = packed_product(self, taps)
+        return super().multiply(taps) if product is None else product
+
+
+# Classes whose weights are packed, and what they become.
+_PACKED = {nn.Linear: PackedLinear, FrameConv1d: PackedFrameConv1d}
 
 
 def has_bfloat16_products() -> bool:
@@ -62,7 +91,8 @@ def has_bfloat16_products() -> bool:
 
 
 def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Give every float32 `nn.Linear` of `model` on the CPU a packed copy of its weight, used where gradients are off.
+    """Give every float32 `nn.Linear` of `model` on the CPU a packed copy of its weight, used where gradients are off;
+    and every `FrameConv1d` (of the flows), which is a linear layer over neighbouring frames.
 
     A layer whose weight has changed since (an optimiser step, a merged adapter, `load_state_dict`) falls back to the
     plain product until this is called again. Layers on other devices or of other types are left alone. Adapters of
@@ -86,21 +116,71 @@ def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) ->
         raise ValueError("dtype: expected torch.float32 on this processor, whose oneDNN has no bfloat16 products")
     packed = 0
     for module in model.modules():
-        if type(module) not in (nn.Linear, PackedLinear):
+        if type(module) not in (*_PACKED, *_PACKED.values()):
             continue
         weight = module.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            module.__class__ = _PACKED.get(type(module), type(module))
             with torch.no_grad():
-                blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+                flat = module.flat_weight().detach().to(dtype).contiguous()
+                blocked = torch.ops.mkldnn._reorder_linear_weight(flat)
             module.packed_weight = PackedWeight(blocked, weight_version(weight))
-            module.__class__ = PackedLinear
             packed += 1
     return packed
 
 
 def unpack_linear_weights(model: nn.Module) -> None:
     """Undo [`pack_linear_weights`]: free the copies."""
+    plain_classes = {packed: plain for plain, packed in _PACKED.items()}
     for module in model.modules():
-        if type(module) is PackedLinear:
+        if type(module) in plain_classes:
             del module.packed_weight
-            module.__class__ = nn.Linear
+            module.__class__ = plain_classes[type(module)]
+
+
+# Fewer queries (a token of a language model) are over before their keys and values have been rounded.
+_LEAST_QUERIES = 32
+
+
+def sdpa_bfloat16_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa` with queries, keys and values rounded to bfloat16, for inference on CPUs.
+
+    Where gradients are on, the mask adds to the scores (positions of a conformer, whose range rounding would spoil)
+    or queries are few, it is `sdpa`.
+
+    Args:
+        query (`(b, h, t, d)`), key, value (`(b, h', s, d)`).
+        attention_mask (`(b or 1, h or 1, t or 1, s)`): bool, 1 = visible; `None` = all.
+
+    Returns:
+        `(b, t, h, d)` in the type of `query`, and no weights.
+    """
+    worthwhile = (
+        query.dtype == torch.float32
+        and query.device.type == "cpu"
+        and query.shape[2] >= _LEAST_QUERIES
+        and (attention_mask is None or attention_mask.dtype == torch.bool)
+        and not torch.is_grad_enabled()
+    )
+    if not worthwhile:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rounded = (part.bfloat16() for part in (query, key, value))
+    context, _ = sdpa_attention_forward(module, *rounded, attention_mask, **kwargs)
+    return context.to(query.dtype), None
+
+
+AttentionInterface.register("sdpa_bfloat16", sdpa_bfloat16_attention_forward)
+AttentionMaskInterface.register("sdpa_bfloat16", sdpa_mask)
+
+
+def use_bfloat16_products(model: PreTrainedModel) -> int:
+    """Packed weights and attention in bfloat16: `pack_linear_weights(model, torch.bfloat16)` and
+    `model.set_attn_implementation("sdpa_bfloat16")`.
+
+    Returns, Raises: as [`pack_linear_weights`].
+    """
+    packed = pack_linear_weights(model, torch.bfloat16)
+    model.set_attn_implementation("sdpa_bfloat16")
+    return packed

@@ -84,7 +84,7 @@ class DiffusionTransformerLayer(GradientCheckpointingLayer):
         self.modulation = nn.Linear(size, 6 * size)
         self.input_layernorm = nn.LayerNorm(size, eps=_NORM_EPS, elementwise_affine=False)
         self.self_attn = CachedSelfAttention(
-            size, config.estimator_num_attention_heads, config.estimator_head_dim, bias=True
+            config, size, config.estimator_num_attention_heads, config.estimator_head_dim, bias=True
         )
         self.attention_dropout = nn.Dropout(config.estimator_dropout)
         self.post_attention_layernorm = nn.LayerNorm(size, eps=_NORM_EPS, elementwise_affine=False)

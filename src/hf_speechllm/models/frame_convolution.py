@@ -38,7 +38,15 @@ class FrameConv1d(nn.Conv1d):
         kernel = self.kernel_size[0]
         last = (hidden.shape[1] - kernel) // step * step
         taps = torch.cat([hidden[:, tap : tap + last + 1 : step] for tap in range(kernel)], dim=2)
-        return nn.functional.linear(taps, self.weight.permute(0, 2, 1).flatten(1), self.bias)
+        return self.multiply(taps)
+
+    def multiply(self, taps: Tensor) -> Tensor:
+        """The product itself, `(b, t', kernel * c)` → `(b, t', c')`."""
+        return nn.functional.linear(taps, self.flat_weight(), self.bias)
+
+    def flat_weight(self) -> Tensor:
+        """The weight as that of a linear layer, `(c', kernel * c)`: tap after tap."""
+        return self.weight.permute(0, 2, 1).flatten(1)
 
 
 class FrameConvTranspose1d(nn.ConvTranspose1d):

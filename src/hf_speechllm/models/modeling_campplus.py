@@ -128,6 +128,8 @@ class CampplusModel(PreTrainedModel):
     config: CampplusConfig
     base_model_prefix = "model"
     main_input_name = "input_features"
+    # Nothing attends here, so that a CosyVoice may be told any kernel for the parts that do.
+    _supports_sdpa = True
     input_modalities = ("audio",)
     _no_split_modules = ["DenseLayer", "ResidualBlock2d"]
 

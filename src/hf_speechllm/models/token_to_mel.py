@@ -97,6 +97,7 @@ class TokenToMelModel(PreTrainedModel):
     main_input_name = "speech_token_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_attention_backend = True
 
     def __init__(self, config) -> None:
         super().__init__(config)
