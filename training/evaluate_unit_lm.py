@@ -41,6 +41,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument(
+        "--greedy_text", action="store_true", help="with a temperature: draw the units alone, keep the likeliest text"
+    )
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -52,12 +55,21 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from datasets import Dataset
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LogitsProcessorList,
+        pipeline,
+        set_seed,
+    )
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
+    from hf_speechllm.models.greedy_text import GreedyText
     from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
     from hf_speechllm.models.unit_string import parse_unit_string, unit_string
     from hf_speechllm.train.metrics import metric_path
@@ -105,6 +117,8 @@ def main(argv: Sequence[str]) -> None:
         if arguments.temperature > 0:
             names = ("temperature", "top_k", "top_p")
             sampling = {"do_sample": True, **{name: getattr(arguments, name) for name in names}}
+        if arguments.greedy_text:
+            sampling["logits_processor"] = LogitsProcessorList([GreedyText.of(tokenizer)])
         for start in tqdm(range(0, len(order), arguments.batch_size), desc=name):
             batch = order[start : start + arguments.batch_size]
             inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
