@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, set_seed
 from hf_speechllm.models.greedy_text import GreedyText
 from hf_speechllm.models.pipeline_speechgpt_lm import SpeechGptPipeline
 from hf_speechllm.models.processing_speechgpt_lm import SpeechGptProcessor
-from hf_speechllm.models.ras_sampling import SeededDraw
+from hf_speechllm.models.ras_sampling import RasSettings, RepetitionAwareSampling, SeededDraw
 
 
 START, END = FIRST_UNIT + NUM_UNITS, FIRST_UNIT + NUM_UNITS + 1
@@ -89,6 +89,20 @@ def test_only_in_speech_there_is_a_choice(model):
             assert torch.isfinite(found[row]).nonzero().flatten().tolist() == [int(scores[row].argmax())]
     # `generate` has no ids yet where the prompt was given as embeddings.
     assert torch.isfinite(GreedyText(START, END)(torch.zeros(2, 0, dtype=torch.long), scores[:2])).sum() == 2
+
+
+def test_units_may_have_a_sampling_of_their_own(model):
+    """Repetition-aware sampling forbids a unit that was the last one; text is not touched."""
+    settings = RasSettings(top_p=0.9, top_k=25, window=1, threshold=1.0)
+    drawn = RepetitionAwareSampling(settings, 0, FIRST_UNIT, NUM_UNITS + 2, temperature=0.05)
+    options = {"temperature": 1.0, "top_p": 1.0}
+    found = generate(model, GreedyText(START, END, drawn), **options)
+    assert torch.equal(found[:, :7], generate(model, GreedyText(START, END))[:, :7])
+    spoken = found.unflatten(1, (3, 16))[:, :, 7:15]
+    assert (spoken >= FIRST_UNIT).all() and (spoken < START).all()
+    assert (spoken[..., 1:] != spoken[..., :-1]).all()
+    cold = generate(model, GreedyText(START, END), temperature=0.05, top_p=1.0).unflatten(1, (3, 16))[:, :, 7:15]
+    assert (cold[..., 1:] == cold[..., :-1]).any()
 
 
 def test_a_batch_is_one_by_one_up_to_the_draw(model):

@@ -182,15 +182,17 @@ class TestStages:
 
     def test_evaluation_counts_what_the_model_says(self, data, stage1, stage2, tmp_path):
         results = []
-        for run in (stage1, stage2):
+        sampling = ["--temperature", "0.7", "--greedy_text", "--ras_threshold", "0.3"]
+        for run, decoding in ((stage1, []), (stage2, sampling)):
             output = tmp_path / f"{run.name}.json"
             options = ["--speech", str(data / "test.parquet"), "--dialogues", str(data / "questions.parquet")]
-            evaluate_unit_lm.main(
-                [str(run), *options, "--limit", "4", "--max_new_tokens", "12", "--output", str(output)]
-            )
+            options += ["--limit", "4", "--max_new_tokens", "12", *decoding]
+            evaluate_unit_lm.main([str(run), *options, "--output", str(output)])
             results.append(json.loads(output.read_text()))
         assert {"unit_perplexity", "recognition_wer", "transcript_wer", "answer_wer"} <= results[0].keys()
         assert 1.0 < results[0]["unit_perplexity"] < 15.0
+        with pytest.raises(SystemExit):
+            evaluate_unit_lm.main([str(stage1), *options[:2], "--ras_threshold", "0.3"])
 
     def test_a_stage_without_its_model_is_refused(self, tmp_path):
         with pytest.raises(RunConfigError, match="model.pretrained: expected the model of the stage before"):

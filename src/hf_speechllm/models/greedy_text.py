@@ -19,14 +19,15 @@ class GreedyText(LogitsProcessor):
 
     Args:
         start_of_speech_id, end_of_speech_id (`int`): of the two tokens.
+        units (`LogitsProcessor`, *optional*): changes the scores in speech alone, e.g. `RepetitionAwareSampling`.
     """
 
-    def __init__(self, start_of_speech_id: int, end_of_speech_id: int) -> None:
-        self.start_of_speech_id, self.end_of_speech_id = start_of_speech_id, end_of_speech_id
+    def __init__(self, start_of_speech_id: int, end_of_speech_id: int, units: LogitsProcessor | None = None) -> None:
+        self.start_of_speech_id, self.end_of_speech_id, self.units = start_of_speech_id, end_of_speech_id, units
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "GreedyText":
-        """For the ids of a tokenizer.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, units: LogitsProcessor | None = None) -> "GreedyText":
+        """For the ids of a tokenizer; `units` as above.
 
         Raises:
             ValueError: a tokenizer without `<sosp>` or `<eosp>`.
@@ -34,7 +35,7 @@ class GreedyText(LogitsProcessor):
         vocabulary = tokenizer.get_vocab()
         if missing := [token for token in (START_OF_SPEECH, END_OF_SPEECH) if token not in vocabulary]:
             raise ValueError(f"tokenizer: expected {START_OF_SPEECH} and {END_OF_SPEECH}, got none for {missing}")
-        return cls(vocabulary[START_OF_SPEECH], vocabulary[END_OF_SPEECH])
+        return cls(vocabulary[START_OF_SPEECH], vocabulary[END_OF_SPEECH], units)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `(batch, tokens)` after ids `(batch, any)`, int64; -inf is impossible."""
@@ -46,4 +47,5 @@ class GreedyText(LogitsProcessor):
         )
         best = scores.argmax(dim=-1, keepdim=True)
         text = torch.full_like(scores, float("-inf")).scatter(1, best, scores.gather(1, best))
-        return torch.where((opened > closed)[:, None], scores, text)
+        drawn = scores if self.units is None else self.units(input_ids, scores)
+        return torch.where((opened > closed)[:, None], drawn, text)
