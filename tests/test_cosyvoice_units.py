@@ -83,9 +83,9 @@ def test_units_one_by_one_sound_like_one_pass_of_a_stream(version):
 def test_misuse_is_refused(voice):
     with pytest.raises(KeyError, match=r"\['anna', 'ben'\], got 'carl'"):
         voice.synthesize([1], "carl")
-    with pytest.raises(ValueError, match="units: expected ids below 27, got 27"):
+    with pytest.raises(ValueError, match="speech token ids: expected below 27, got 27"):
         voice.synthesize([1, 27], "anna")
-    with pytest.raises(ValueError, match="units: expected ids below 27, got 30"):
+    with pytest.raises(ValueError, match="speech token ids: expected below 27, got 30"):
         voice.start_stream("anna").push([30])
 
 

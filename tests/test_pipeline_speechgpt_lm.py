@@ -15,7 +15,6 @@ from transformers import pipeline
 from hf_speechllm.hub import clean_process
 from hf_speechllm.models.pipeline_speechgpt_lm import SpeechGptPipeline
 from hf_speechllm.models.processing_speechgpt_lm import SpeechGptProcessor
-from hf_speechllm.models.streaming_speechgpt_lm import UnitSpeaker, generator_reach
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
@@ -141,39 +140,6 @@ def test_misuse_is_refused(pipe, folder):
 
 
 # -- streaming --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernels", ((11, 8, 8, 4, 4), (9, 8, 9, 5, 4)))
-@pytest.mark.parametrize("durations", (True, False))
-def test_units_one_by_one_sound_like_all_at_once(durations, kernels):
-    """Any cut of the units: the samples of all pieces are those of the whole, and most of them come early."""
-    vocoder = build_vocoder(durations, kernels)
-    units = torch.randint(0, 1000, (70,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = vocoder.synthesize(units)
-    assert whole.abs().max() > 0.01
-    for size in (1, 7, 33, 70):
-        speaker = UnitSpeaker(vocoder)
-        pieces = [speaker.push(units[start : start + size]) for start in range(0, len(units), size)]
-        early = sum(map(len, pieces))
-        pieces.append(speaker.push([], is_last=True))
-        torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-6)
-        reach = generator_reach(vocoder.config.hifigan_config) * vocoder.config.hop_length
-        assert early >= len(whole) - reach - 3 * len(whole) // len(units) - 640
-
-
-def test_the_reach_is_needed():
-    """One frame less of context and the pieces differ: the bound is not loose by much."""
-    vocoder = build_vocoder(durations=False)
-    units = torch.randint(0, 1000, (70,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = vocoder.synthesize(units)
-    speaker = UnitSpeaker(vocoder)
-    speaker._reach //= 2
-    cut = torch.cat([*(speaker.push([unit]) for unit in units), speaker.push([], is_last=True)])
-    assert (cut - whole).abs().max() > 1e-5
-
-
-def test_nothing_said_is_no_sound():
-    assert UnitSpeaker(build_vocoder()).push([], is_last=True).shape == (0,)
 
 
 def test_pieces_are_the_whole_answer(pipe):

@@ -25,6 +25,7 @@ import train_text_to_unit  # noqa: E402
 
 from hf_speechllm.data.text_to_unit import speak_texts  # noqa: E402
 from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM  # noqa: E402
+from hf_speechllm.train import unit_lm_run  # noqa: E402
 from hf_speechllm.train.run_config import RunConfigError, load_run_config  # noqa: E402
 from hf_speechllm.train.unit_lm_run import UnitLmRunConfig  # noqa: E402
 
@@ -141,17 +142,57 @@ class TestStages:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert (found - base).abs().max() > 1e-3
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("quantization", ("nf4", "int8"))
+    def test_qlora_trains_and_its_result_needs_no_bitsandbytes(self, data, tmp_path, quantization):
+        """The loss falls; the merged model is the quantised one with its adapter, in plain weights."""
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        before, folder, run = tmp_path / "before", tmp_path / "chain", tmp_path / "run"
+        # 4 bits come in blocks of 64, of which the CPU kernels want whole ones in every row.
+        wide = json.dumps({**MODEL, "hidden_size": 64, "intermediate_size": 64})
+        options = ["--model.config", wide, "--num_units", str(NUM_UNITS), "--text", "[speech.parquet]"]
+        options += ["--text_vocab_size", "300", "--data_dir", str(data), "--data.train", "[speech.parquet]"]
+        pretrain_unit_lm.main(
+            [*options, "--block_size", "32", "--max_steps", "5", *TRAINING, "--output_dir", str(before)]
+        )
+        options = ["--questions", str(data / "questions.parquet"), "--answers", str(data / "answers.parquet")]
+        build_speech_instruct.main(["chain", str(folder), *options, "--formats", "speech_to_speech"])
+        recipe = str(ROOT / "training" / "recipes" / "speechgpt_lm" / "stage3_qlora.yaml")
+        options = ["--pretrained", str(before), "--data_dir", str(folder), "--data.train", "[data/train.parquet]"]
+        options += ["--quantization", quantization, "--data.max_length", "400", "--max_steps", "20"]
+        options += ["--gradient_accumulation_steps", "1", "--logging_steps", "5", "--rank", "16"]
+        sft_unit_lm.main([recipe, *options, *TRAINING, "--output_dir", str(run)])
+        log = json.loads((run / "checkpoint-20" / "trainer_state.json").read_text())["log_history"]
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        assert losses[-1] < losses[0] - 0.2
+
+        config = json.loads((run / "merged" / "config.json").read_text())
+        assert "quantization_config" not in config
+        merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+        base = AutoModelForCausalLM.from_pretrained(
+            before, dtype=torch.bfloat16, quantization_config=unit_lm_run.quantization(quantization), device_map="cpu"
+        )
+        ids = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            without = base(input_ids=ids).logits.float()
+            expected = PeftModel.from_pretrained(base, run).eval()(input_ids=ids).logits.float()
+            found = merged(input_ids=ids).logits.float()
+        # All in bfloat16; int8 also rounds what goes into a layer.
+        assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()
+
     def test_evaluation_counts_what_the_model_says(self, data, stage1, stage2, tmp_path):
         results = []
-        for run in (stage1, stage2):
+        sampling = ["--temperature", "0.7", "--greedy_text", "--ras_threshold", "0.3"]
+        for run, decoding in ((stage1, []), (stage2, sampling)):
             output = tmp_path / f"{run.name}.json"
             options = ["--speech", str(data / "test.parquet"), "--dialogues", str(data / "questions.parquet")]
-            evaluate_unit_lm.main(
-                [str(run), *options, "--limit", "4", "--max_new_tokens", "12", "--output", str(output)]
-            )
+            options += ["--limit", "4", "--max_new_tokens", "12", *decoding]
+            evaluate_unit_lm.main([str(run), *options, "--output", str(output)])
             results.append(json.loads(output.read_text()))
         assert {"unit_perplexity", "recognition_wer", "transcript_wer", "answer_wer"} <= results[0].keys()
         assert 1.0 < results[0]["unit_perplexity"] < 15.0
+        with pytest.raises(SystemExit):
+            evaluate_unit_lm.main([str(stage1), *options[:2], "--ras_threshold", "0.3"])
 
     def test_a_stage_without_its_model_is_refused(self, tmp_path):
         with pytest.raises(RunConfigError, match="model.pretrained: expected the model of the stage before"):

@@ -41,25 +41,46 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument(
+        "--greedy_text", action="store_true", help="with a temperature: draw the units alone, keep the likeliest text"
+    )
+    parser.add_argument(
+        "--ras_threshold",
+        type=float,
+        help="with --greedy_text: repetition-aware sampling, share of the last ten units that a unit may not reach",
+    )
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.ras_threshold is not None and not (arguments.greedy_text and arguments.temperature > 0):
+        parser.error("--ras_threshold: expected --greedy_text and a temperature as well")
 
     import evaluate
     import torch
     from datasets import Dataset
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LogitsProcessorList,
+        pipeline,
+        set_seed,
+    )
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
+    from hf_speechllm.models.greedy_text import GreedyText
     from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
-    from hf_speechllm.models.unit_string import parse_unit_string, unit_string
+    from hf_speechllm.models.ras_sampling import RasSettings, RepetitionAwareSampling
+    from hf_speechllm.models.unit_string import END_OF_SPEECH, parse_unit_string, unit_string
+    from hf_speechllm.models.unit_tokens import unit_token
     from hf_speechllm.train.metrics import metric_path
 
     set_seed(arguments.seed)
@@ -105,6 +126,15 @@ def main(argv: Sequence[str]) -> None:
         if arguments.temperature > 0:
             names = ("temperature", "top_k", "top_p")
             sampling = {"do_sample": True, **{name: getattr(arguments, name) for name in names}}
+        if arguments.ras_threshold is not None:
+            settings = RasSettings(arguments.top_p, arguments.top_k, threshold=arguments.ras_threshold)
+            # The units, <sosp> and <eosp> stand side by side.
+            first, last = tokenizer.convert_tokens_to_ids([unit_token(0), END_OF_SPEECH])
+            units = RepetitionAwareSampling(settings, 0, first, last - first + 1, arguments.temperature)
+            sampling = {"do_sample": True, "top_k": 0}
+            sampling["logits_processor"] = LogitsProcessorList([GreedyText.of(tokenizer, units)])
+        elif arguments.greedy_text:
+            sampling["logits_processor"] = LogitsProcessorList([GreedyText.of(tokenizer)])
         for start in tqdm(range(0, len(order), arguments.batch_size), desc=name):
             batch = order[start : start + arguments.batch_size]
             inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)

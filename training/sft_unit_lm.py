@@ -5,7 +5,8 @@
 
 Data: parquet or jsonl files with `prefix` and `plain_text`, as `training/build_speech_instruct.py` writes them and as
 SpeechInstruct is published. The prefix is not learned; the requests are, as upstream does, unless
-`--assistant_only true`. With LoRA, RUN holds the adapter and RUN/merged the model with the adapter merged in.
+`--assistant_only true`. With LoRA, RUN holds the adapter and RUN/merged the model with the adapter merged in; after
+QLoRA that model is not quantised any more.
 """
 
 import json
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.unit_lm_run import (
         SFT_DEFAULTS,
         UnitLmRunConfig,
+        load_dequantised,
         load_unit_lm,
         read_rows,
         save_merged,
@@ -78,7 +80,10 @@ def main(argv: Sequence[str]) -> None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
     if adapter is not None and run.lora.merge and args.should_save:
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, Path(args.output_dir) / "merged")
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        if run.model.quantization != "none":
+            adapted = load_dequantised(run.model, run.data, args.seed, Path(args.output_dir))
+        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged")
     if args.should_save:
         write_summary(args.output_dir, summary)
 

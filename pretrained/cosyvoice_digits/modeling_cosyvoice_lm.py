@@ -246,9 +246,11 @@ class CosyVoiceLmForCausalLM(SpeechTokenGenerationMixin, Qwen2PreTrainedModel):
         """The model as a plain `Qwen2ForCausalLM` with an untied head of the whole vocabulary, for vLLM and others.
 
         Lost: the bias of version 2's head, for which that class has no place, and that text ids cannot be said: their
-        rows are zero, so allow only ids from `first_speech_token_id` to the last of `stop_token_ids` when sampling
-        (vLLM: `allowed_token_ids`). The backbone is shared, not copied. Extra fields of `config.json` say where speech
-        is: `first_speech_token_id`, `speech_vocab_size`, `start_token_id`, `task_token_id`.
+        rows are zero. So allow only ids from `first_speech_token_id` to the last of `stop_token_ids`, and add the bias
+        to them: in vLLM by `allowed_token_ids` and `logit_bias`, which with
+        `dict(enumerate(model.lm_head.bias.tolist(), model.config.first_speech_token_id))` gives this model's greedy
+        ids. The backbone is shared, not copied. Extra fields of `config.json` say where speech is:
+        `first_speech_token_id`, `speech_vocab_size`, `start_token_id`, `task_token_id`.
         """
         config = self.config
         fields = {name: value for name, value in config.to_dict().items() if name in _QWEN_FIELDS}

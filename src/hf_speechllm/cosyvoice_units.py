@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTextToWaveform, AutoProcessor
 
-from .models.configuration_cosyvoice import CosyVoiceConfig
 from .models.feature_extraction_s3_tokenizer import S3FeatureExtractor
 from .models.modeling_cosyvoice import CosyVoiceForTextToWaveform, CosyVoicePrompt
 from .models.processing_cosyvoice import CosyVoiceProcessor
 from .models.ragged_rows import padded_with_mask
 from .models.streaming_cosyvoice import SpeechStream
+from .models.token_to_mel import TokenToMelModel
 from .models.unit_string import parse_unit_string
 
 
@@ -90,7 +90,6 @@ class CosyVoiceUnits:
         spoken = [row for row in rows if len(row)]
         if not spoken:
             return [torch.zeros(0) for _ in rows]
-        _check_units(torch.cat(spoken).tolist(), self.config)
         prompt = self._voice(speaker, len(spoken))
         ids, mask = (value.to(self.device) for value in padded_with_mask("ids", spoken).values())
         generators = [torch.Generator().manual_seed(seed + row) for row in range(len(spoken))]
@@ -107,7 +106,7 @@ class CosyVoiceUnits:
         """State of an utterance whose units come one by one."""
         generator = torch.Generator().manual_seed(seed)
         stream = SpeechStream(self.model, self._voice(speaker, 1), num_steps, generator, generator)
-        return CosyVoiceUnitStream(stream, self.config)
+        return CosyVoiceUnitStream(stream, self.model.flow)
 
     def _voice(self, speaker: str, rows: int) -> CosyVoicePrompt:
         """The speaker's recording, where there is one, and embedding, for every row."""
@@ -121,8 +120,8 @@ class CosyVoiceUnits:
 class CosyVoiceUnitStream:
     """Sound of one utterance whose units come one by one; the flow and the vocoder keep what they need of the past."""
 
-    def __init__(self, stream: SpeechStream, config: CosyVoiceConfig) -> None:
-        self._stream, self._config = stream, config
+    def __init__(self, stream: SpeechStream, flow: TokenToMelModel) -> None:
+        self._stream, self._flow = stream, flow
 
     @torch.no_grad()
     def push(self, units: list[int], is_last: bool = False) -> Tensor:
@@ -131,11 +130,6 @@ class CosyVoiceUnitStream:
         Raises:
             ValueError: units that the flow does not have.
         """
-        _check_units(units, self._config)
+        # Units that wait for the rest of their chunk are read with a later piece, in which nobody expects an error.
+        self._flow.check_token_ids(torch.as_tensor(units, dtype=torch.long))
         return self._stream.push(units, is_last)[0].float().cpu()
-
-
-def _check_units(units: Sequence[int], config: CosyVoiceConfig) -> None:
-    size, largest = config.flow_config.vocab_size, max(units, default=0)
-    if largest >= size:
-        raise ValueError(f"units: expected ids below {size}, got {largest}")

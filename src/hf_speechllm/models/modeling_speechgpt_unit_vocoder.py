@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
 from .mixed_lengths import encode_apart, lengths_to_encode_apart
+from .streaming_speechgpt_unit_vocoder import UnitVocoderStream
 from .unit_string import parse_unit_string
 
 
@@ -237,14 +238,7 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         if not rows:
             return []
         unit_ids = pad_sequence(rows, batch_first=True, padding_value=-1)
-        options |= {
-            name: self._numbers_of(value, names, f"{name.removesuffix('_id')}", len(rows))
-            for name, value, names in (
-                ("speaker_id", speaker, self.config.speakers),
-                ("style_id", style, self.config.styles),
-            )
-            if value is not None
-        }
+        options |= self._voice_numbers(speaker, style, len(rows))
         output = self(unit_ids, return_dict=True, **options)
         return [wave[:length].float() for wave, length in zip(output.waveform, output.lengths.tolist(), strict=True)]
 
@@ -264,6 +258,23 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         ```
         """
         return self.synthesize_batch([units], speaker, style, **options)[0]
+
+    def start_stream(
+        self, speaker: str | int | None = None, style: str | int | None = None, **options
+    ) -> UnitVocoderStream:
+        """State of an utterance whose units come one by one; the arguments are those of [`synthesize`].
+
+        Raises:
+            ValueError: a name that the model does not have. The first sound raises what [`forward`] raises.
+
+        Example:
+
+        ```python
+        >>> stream = model.start_stream()
+        >>> pieces = [stream.push([189, 63]), stream.push([991], is_last=True)]
+        ```
+        """
+        return UnitVocoderStream(self, **self._voice_numbers(speaker, style, 1), **options)
 
     # -- durations ---------------------------------------------------------------------------------------------------
     def predict_log_durations(self, unit_ids: Tensor, mask: Tensor) -> Tensor:
@@ -383,6 +394,21 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         wrong = (ids < 0) | (ids >= rows)
         if bool(wrong.any()):
             raise ValueError(f"{name}: expected 0..{rows - 1}, got {int(ids[wrong][0])}")
+
+    def _voice_numbers(
+        self,
+        speaker: str | int | Sequence[str | int] | None,
+        style: str | int | Sequence[str | int] | None,
+        count: int,
+    ) -> dict[str, Tensor]:
+        """`speaker_id` and `style_id` `(count,)` for [`forward`], of those that are given."""
+        names = {"speaker": self.config.speakers, "style": self.config.styles}
+        given = {"speaker": speaker, "style": style}
+        return {
+            f"{kind}_id": self._numbers_of(value, names[kind], kind, count)
+            for kind, value in given.items()
+            if value is not None
+        }
 
     @staticmethod
     def _numbers_of(values: str | int | Sequence[str | int], names: list[str] | None, kind: str, count: int) -> Tensor:

@@ -6,8 +6,8 @@ A configuration names it in `custom_pipelines`, so that
 
 finds it; with the package, `SpeechGptPipeline(model=LM, units=UNITS, vocoder=VOCODER)` does the same. The model may as
 well be the plain causal LM: only its `generate` is used. What is needed of the two helpers:
-`units.encode(input_values, attention_mask)` with `reduced_ids`, and `vocoder.synthesize(units)`; for [`stream`] a unit
-vocoder as [`UnitSpeaker`] describes it, or `vocoder.start_stream()`. Each is an object or the folder of a model; a
+`units.encode(input_values, attention_mask)` with `reduced_ids`, and `vocoder.synthesize(units)`; for [`stream`]
+`vocoder.start_stream()`, which has `push(units, is_last)`. Each is an object or the folder of a model; a
 `CosyVoiceUnits` can be both.
 """
 
@@ -18,11 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Pipeline, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LogitsProcessorList,
+    Pipeline,
+    PreTrainedModel,
+)
 
 from .answers_speechgpt_lm import split_answer
+from .greedy_text import GreedyText
 from .prompts_speechgpt_lm import Modality, SpeechGptTurn, Style
-from .streaming_speechgpt_lm import SpeechGptPiece, TextPieces, UnitSpeaker, UnitStreamer
+from .streaming_speechgpt_lm import SpeechGptPiece, TextPieces, UnitStreamer
 from .unit_string import parse_unit_string
 
 
@@ -48,8 +56,9 @@ class SpeechGptPipeline(Pipeline):
         history: the dialogue before the question: `"dialogue"` of an earlier result, or complete turns.
         read_paths (`bool`, defaults to True): whether texts may name recordings by their paths. Switch it off for
             texts of strangers.
-        voice (`dict`): options of the vocoder, e.g. `{"speaker": "anna"}`; a unit vocoder in a stream takes numbers
-            alone, `{"speaker_id": 3}`.
+        voice (`dict`): options of the vocoder, e.g. `{"speaker": "anna"}`.
+        greedy_text (`bool`, defaults to False): whether, where `generate` samples, it samples the units alone, and
+            the text is the most likely one; see [`GreedyText`].
         batch_size (`int`): questions per forward pass.
         anything else (`temperature`, `max_new_tokens`, `generation_config`, ...) goes to the model's `generate`.
 
@@ -88,6 +97,7 @@ class SpeechGptPipeline(Pipeline):
         history: str | Sequence[SpeechGptTurn] | None = None,
         read_paths: bool | None = None,
         voice: dict[str, Any] | None = None,
+        greedy_text: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
@@ -102,6 +112,8 @@ class SpeechGptPipeline(Pipeline):
             postprocess["voice"] = voice
         if output is not None:
             forward["output"] = output
+        if greedy_text is not None:
+            forward["greedy_text"] = greedy_text
         if forward.get("num_return_sequences", 1) != 1:
             raise ValueError("num_return_sequences: the pipeline gives one answer per question; call `generate`")
         return preprocess, forward, postprocess
@@ -146,6 +158,10 @@ class SpeechGptPipeline(Pipeline):
         if output == "text":
             options.setdefault("stop_strings", [_SPEECH_TAG])
             options.setdefault("tokenizer", self.processor.tokenizer)
+        if options.pop("greedy_text", False):
+            given_processors = options.get("logits_processor") or []
+            greedy_text = GreedyText.of(self.processor.tokenizer)
+            options["logits_processor"] = LogitsProcessorList([*given_processors, greedy_text])
         return options
 
     def postprocess(
@@ -217,10 +233,7 @@ class SpeechGptPipeline(Pipeline):
                 streamer.fail(error)
 
         vocoder, voice = postprocess.get("vocoder"), postprocess.get("voice") or {}
-        speaker = None
-        if vocoder is not None:
-            is_unit_vocoder = isinstance(vocoder, PreTrainedModel)
-            speaker = UnitSpeaker(vocoder, **voice) if is_unit_vocoder else vocoder.start_stream(**voice)
+        speaker = None if vocoder is None else vocoder.start_stream(**voice)
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         yield from self._pieces(streamer, speaker, min_units)
@@ -230,7 +243,7 @@ class SpeechGptPipeline(Pipeline):
             answer=self.processor.parse(self.processor.decode(new_ids), self.processor.decode(prompts[0]))
         )
 
-    def _pieces(self, ids: UnitStreamer, speaker: UnitSpeaker | None, min_units: int) -> Iterator[SpeechGptPiece]:
+    def _pieces(self, ids: UnitStreamer, speaker: Any, min_units: int) -> Iterator[SpeechGptPiece]:
         tokenizer = self.processor.tokenizer
         text, waiting = TextPieces(tokenizer), []
         for index in ids:

@@ -211,6 +211,17 @@ def quantization(name: str) -> BitsAndBytesConfig:
     )
 
 
+def load_dequantised(model: UnitLmModelArguments, data: UnitLmDataArguments, seed: int, adapter: Path) -> "PeftModel":
+    """A quantised model again, in the numbers that its weights stand for, with an adapter trained on it.
+
+    To merge: into quantised weights an adapter is rounded a second time, and what comes out needs bitsandbytes.
+    """
+    from peft import PeftModel
+
+    network, _ = load_unit_lm(model, data, seed)
+    return PeftModel.from_pretrained(network.dequantize(), adapter)
+
+
 def save_merged(model: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The model with its adapter merged in, as a complete folder."""
     merged = model.merge_and_unload()
