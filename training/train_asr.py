@@ -230,7 +230,7 @@ def load_weights(model, state: dict) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe; see the module's docstring."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
         print(__doc__)
         return
     import torch

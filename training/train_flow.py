@@ -127,7 +127,7 @@ def build_extractor(
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe; see the module's docstring."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
         print(__doc__)
         return
     from transformers import set_seed

@@ -39,7 +39,7 @@ def code_use(counts: "Tensor") -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe; see the module's docstring."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
         print(__doc__)
         return
     import torch

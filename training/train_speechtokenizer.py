@@ -94,7 +94,7 @@ def load_teacher(options: CodecArguments, hop_length: int) -> "SemanticTeacher |
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe; see the module's docstring."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
         print(__doc__)
         return
     import torch
