@@ -103,6 +103,23 @@ def test_parts_become_a_folder_that_speaks(manifest, parts, tmp_path, capsys):
     assert output.waveform.shape[1] > 240 and torch.isfinite(output.waveform).all()
 
 
+@pytest.mark.parametrize("version", (1, 2, 3))
+def test_an_added_voice_reads_as_its_recording_given_anew(manifest, version):
+    """Version 3 wants its system prompt before what the recording says; without it, it speaks nothing."""
+    processor = tiny_processor(version)
+    row = {"spk": "a", "text": "one two", "audio": str(manifest.parent / "0.wav")}
+    row |= {"speech_token": [1, 2, 3], "spk_embedding": [0.5] * 16}
+    ratio = None if version == 1 else 2
+    assemble_cosyvoice.add_voices(processor, [row], ratio, with_texts=True)
+    known = processor("yes", speaker="a")
+    given = processor("yes", prompt_audio=row["audio"], prompt_text=row["text"])
+    for name in ("prompt_input_ids", "lm_reads_prompt_speech", "input_ids"):
+        assert torch.equal(known[name], given[name]), name
+    assert known["prompt_speech_ids"].tolist() == [[1, 2, 3]]
+    assemble_cosyvoice.add_voices(processor, [row], ratio, with_texts=False)
+    assert not processor("yes", speaker="a")["lm_reads_prompt_speech"].any()
+
+
 def test_a_part_of_a_whole_is_replaced(parts, tmp_path, capsys):
     changed = AutoModel.from_pretrained(parts["flow"])
     torch.nn.init.zeros_(changed.speaker_proj.weight)

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from tiny_cosyvoice import recording, tiny_cosyvoice, tiny_processor
 from tiny_s3_tokenizer import tiny_campplus
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
 
 import hf_speechllm  # noqa: F401  registers the model families
 
@@ -67,7 +67,7 @@ def test_known_voices(folder, references, tmp_path):
     (tmp_path / "texts.txt").write_text("one\n\n  seven three \n", encoding="utf-8")
     options = ("--texts", str(tmp_path / "texts.txt"), "digits:2", "--references", str(references))
     report = evaluate(folder, tmp_path, *options, "--save_audio", str(tmp_path / "audio"))
-    assert report["voices"] == ["hum", "tone"] and report["texts"] == 4
+    assert report["voices"] == ["hum", "tone"] and report["texts"] == 4 and report["instruct"] is None
     synthesis = report["synthesis"]
     assert synthesis["sentences"] == 8 and synthesis["by_voice"]["hum"]["sentences"] == 4
     for count in ("words", "substitutions", "deletions", "insertions"):
@@ -89,6 +89,27 @@ def test_known_voices(folder, references, tmp_path):
     seconds = sum(soundfile.info(item.audio).duration for item in saved)
     assert seconds == pytest.approx(synthesis["audio_seconds"], abs=0.01)
     assert len(read_manifest(tmp_path / "audio" / "resynthesis")) == 4
+
+
+def test_an_instruction_is_followed_and_reported(folder, references, tmp_path):
+    """The audio is what the model makes of the instruction, and so are the seconds that a word takes."""
+    (tmp_path / "texts.txt").write_text("one\nseven three\n", encoding="utf-8")
+    options = ("--texts", str(tmp_path / "texts.txt"), "--speakers", "tone", "--references", str(references))
+    told = evaluate(folder, tmp_path, *options, "--instruct", "Softly.", "--save_audio", str(tmp_path / "audio"))
+    assert told["instruct"] == "Softly."
+    model = AutoModelForTextToWaveform.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    rows = [{"text": text, "speaker": "tone", "instruct": "Softly."} for text in ("one", "seven three")]
+    expected = synthesize(model, processor, rows, **LIMITS).waveforms
+    for item, waveform in zip(read_manifest(tmp_path / "audio" / "synthesis"), expected, strict=True):
+        saved = torch.from_numpy(soundfile.read(item.audio, dtype="float32")[0])
+        torch.testing.assert_close(saved, waveform, rtol=0, atol=1e-3)
+    rates = torch.tensor([len(expected[0]), len(expected[1]) / 2]) / model.config.sampling_rate
+    found = told["synthesis"]["seconds_per_word"]
+    assert found["mean"] == pytest.approx(rates.mean().item(), abs=1e-4)
+    assert found["standard_deviation"] == pytest.approx(rates.std().item(), abs=1e-4)
+    # 0.5 + 0.7 + 0.4 + 0.6 seconds of two words each.
+    assert told["recordings"]["seconds_per_word"]["mean"] == pytest.approx(0.275, abs=1e-4)
 
 
 def test_figures_depend_on_the_seed_and_not_on_the_batch(folder, references, tmp_path):
@@ -114,6 +135,7 @@ def test_prompted_voices_and_another_speaker_encoder(folder, references, tmp_pat
     )
     assert report["voices"] == ["tone", "other"] and "recordings" not in report and "resynthesis" not in report
     assert report["synthesis"]["similarity"]["recordings"] == 2 and "cer" in report["synthesis"]
+    assert report["synthesis"]["seconds_per_character"]["mean"] > 0
     with pytest.raises(ValueError, match="expected references of the voice 'hum'"):
         evaluate(folder, tmp_path, "--texts", "digits:1", "--speaker_encoder", str(tmp_path / "encoder"))
 

@@ -133,6 +133,20 @@ def test_fine_tuning_and_lora(folder):
     assert (folder / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_the_checkpoint_with_the_best_spectrograms_is_kept(folder):
+    """With a learning rate that ruins the model after its first steps, which is what the recipes guard against."""
+    tiny_flow(3).save_pretrained(folder / "pretrained")
+    options = ("--pretrained", str(folder / "pretrained"), "--lora.rank", "2", "--max_steps", "16")
+    train(folder, "best", "speaker_lora", *options, "--learning_rate", "2", "--seed", "1")
+    distances = logged(folder, "best", "eval_mel_l1")
+    best = min((8, 16), key=lambda step: distances[step // 8 - 1])
+    kept, first = (
+        load_file(folder / "best" / name / "adapter_model.safetensors") for name in (".", f"checkpoint-{best}")
+    )
+    assert distances[0] != distances[1] and distances[2] == min(distances[:2])
+    assert kept.keys() == first.keys() and all(torch.equal(kept[name], first[name]) for name in kept)
+
+
 def test_models_that_are_no_flow(folder):
     with pytest.raises(ValueError, match="model_type: expected one of"):
         train(folder, "wrong", "digits", "--model.model_type", "wenet_u2pp")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_cosyvoice import recording, tiny_processor
 from tiny_cosyvoice_lm import END_OF_PROMPT, QWEN, SPEECH_SIZE, build_qwen
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -232,6 +233,21 @@ def test_rows_are_filtered_by_length(tmp_path):
     assert pairs[0].instruct_ids[-1] == end and end not in pairs[0].text_ids
     with pytest.raises(RunConfigError, match="speech_token"):
         read_pairs([str(write_rows(tmp_path, [{"text": "a"}], "bad"))], SpeechLmDataArguments(), tokenizer)
+
+
+def test_instructions_of_rows_are_what_the_processor_asks_with(tmp_path):
+    """Their own goes before that of the run; one without its end is refused, because the processor writes the end."""
+    tokenizer = new_tokenizer(["one two"], 270)
+    path = write_rows(tmp_path, [{**ROWS[0], "instruct": "Softly.<|endofprompt|>"}, {**ROWS[1], "instruct": ""}])
+    pairs, _ = read_pairs([str(path)], SpeechLmDataArguments(), tokenizer)
+    processor = tiny_processor(2)
+    processor.tokenizer = tokenizer
+    asked = processor("one", instruct="Softly.", prompt_audio=recording(0.5, 0), sampling_rate=24000)
+    assert list(pairs[0].instruct_ids) == asked["prompt_input_ids"][0].tolist()
+    assert pairs[1].instruct_ids == ()
+    rows = [{**ROWS[0], "instruct": "Softly."}]
+    with pytest.raises(RunConfigError, match=r"row 0: expected <\|endofprompt\|> in `instruct`, found 'Softly\.'"):
+        read_pairs([str(write_rows(tmp_path, rows, "bad"))], SpeechLmDataArguments(), tokenizer)
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):

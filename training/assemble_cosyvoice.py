@@ -39,7 +39,7 @@ def add_voices(processor: "CosyVoiceProcessor", rows: Sequence[dict], ratio: int
     """
     import torch
 
-    from hf_speechllm.models.speakers_cosyvoice import CosyVoiceSpeaker
+    from hf_speechllm.models.modeling_cosyvoice import CosyVoicePrompt
 
     longest: dict[str, dict] = {}
     for row in rows:
@@ -53,13 +53,14 @@ def add_voices(processor: "CosyVoiceProcessor", rows: Sequence[dict], ratio: int
         if ratio is not None:
             count = min(len(tokens), len(mel) // ratio)
             tokens, mel = tokens[:count], mel[: ratio * count]
-        ids = processor.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-        processor.speakers[name] = CosyVoiceSpeaker(
-            embedding=torch.tensor(row["spk_embedding"]),
-            speech_ids=tokens,
-            mel=mel,
-            text_ids=torch.tensor(ids if with_texts else [], dtype=torch.long),
+        prompt = CosyVoicePrompt(
+            speech_ids=tokens[None],
+            speech_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            mel=mel[None],
+            mel_mask=torch.ones(1, len(mel), dtype=torch.long),
+            speaker_embedding=torch.tensor(row["spk_embedding"])[None],
         )
+        processor.add_speaker(name, prompt, row["text"] if with_texts else None)
 
 
 def main(argv: Sequence[str]) -> None:

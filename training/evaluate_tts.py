@@ -17,6 +17,8 @@ each of the three groups below as far as they apply to it:
   nearest speaker is the right one. A recording, or its resynthesis, is not compared with itself. A voice without
   references is compared with its prompt, or with the embedding under which the model knows it;
 * `mel_distance`: of resynthesis and recording, nats, after dynamic time warping;
+* `seconds_per_word` (with `--metric cer`: `seconds_per_character`): mean and standard deviation over the texts, pauses
+  included; with `--instruct`, which has every text spoken as told, this is how a speaking rate is checked;
 * `audio_seconds`, and `real_time_factor`, seconds of computation for one of audio.
 """
 
@@ -120,6 +122,23 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def speaking_rate(
+    waveforms: Sequence["Tensor"], texts: Sequence[str], sampling_rate: int, characters: bool
+) -> dict[str, float]:
+    """Seconds that a word of each text takes, or with `characters` one of its characters without the spaces.
+
+    Returns:
+        `mean` and `standard_deviation` over the texts that have a word (0 for one text).
+    """
+    import torch
+
+    counts = [len("".join(text.split()) if characters else text.split()) for text in texts]
+    pairs = zip(waveforms, counts, strict=True)
+    rates = torch.tensor([len(waveform) / sampling_rate / count for waveform, count in pairs if count])
+    spread = rates.std(correction=min(1, len(rates) - 1)) if len(rates) else torch.tensor(float("nan"))
+    return {"mean": round(rates.mean().item(), 4), "standard_deviation": round(spread.item(), 4)}
+
+
 def save_audio(
     folder: Path, waveforms: Sequence["Tensor"], sampling_rate: int, rows: Sequence[dict[str, str]]
 ) -> None:
@@ -150,6 +169,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="of the references")
     parser.add_argument("--limit", type=int, help="references at most, evenly spaced; default: all")
     parser.add_argument("--mode", help="of the synthesis; default: what the voice has a prompt for")
+    parser.add_argument("--instruct", metavar="TEXT", help="how every text is to be spoken; default: plainly")
     parser.add_argument("--speaker_encoder", help="folder or Hub id of a `campplus`; default: the model's own")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=JSON", help="of the model's `generate`")
     parser.add_argument("--metric", choices=("wer", "cer"), default="wer")
@@ -210,6 +230,11 @@ def main(argv: Sequence[str]) -> None:
         counts = metric.compute(predictions=list(heard), references=list(texts))
         return {arguments.metric: round(100 * counts.pop(arguments.metric), 3), **counts}
 
+    unit = "word" if arguments.metric == "wer" else "character"
+
+    def rate_of(waveforms: Sequence[torch.Tensor], said: Sequence[str]) -> dict[str, dict[str, float]]:
+        return {f"seconds_per_{unit}": speaking_rate(waveforms, said, rate, unit == "character")}
+
     def timing(synthesis: Synthesis) -> dict[str, float | None]:
         seconds = sum(len(waveform) for waveform in synthesis.waveforms) / rate
         factor = round(synthesis.seconds / seconds, 4) if seconds else None
@@ -262,6 +287,7 @@ def main(argv: Sequence[str]) -> None:
         "texts": len(texts),
         "voices": [voice.name for voice in voices],
         "mode": arguments.mode,
+        "instruct": arguments.instruct,
         "options": options,
         "references": arguments.references,
         "seed": arguments.seed,
@@ -269,10 +295,9 @@ def main(argv: Sequence[str]) -> None:
         "threads": torch.get_num_threads(),
     }
     spoken = [(voice, text) for voice in voices for text in texts]
-    requests = [
-        {**voice.arguments, "text": text} | ({"mode": arguments.mode} if arguments.mode else {})
-        for voice, text in spoken
-    ]
+    manner = {"mode": arguments.mode, "instruct": arguments.instruct}
+    manner = {name: value for name, value in manner.items() if value}
+    requests = [{**voice.arguments, "text": text, **manner} for voice, text in spoken]
     work = {"seed": arguments.seed, "batch_size": arguments.batch_size}
     synthesis = synthesize(model, processor, requests, **work, progress="synthesis", **options)
     said, speakers = [text for _, text in spoken], [voice.name for voice, _ in spoken]
@@ -287,6 +312,7 @@ def main(argv: Sequence[str]) -> None:
     report["synthesis"] = {
         **errors,
         **timing(synthesis),
+        **rate_of(synthesis.waveforms, said),
         "similarity": similarity(synthesis.waveforms, speakers),
         "by_voice": by_voice,
     }
@@ -305,6 +331,7 @@ def main(argv: Sequence[str]) -> None:
         report["recordings"] = {
             **errors,
             "audio_seconds": round(seconds, 2),
+            **rate_of(originals, said),
             "similarity": similarity(originals, speakers, own=True),
         }
         by_name = {speaker: prompted(references[row], originals[row]) for speaker, row in longest.items()}
@@ -332,6 +359,7 @@ def main(argv: Sequence[str]) -> None:
         report["resynthesis"] = {
             **errors,
             **timing(again),
+            **rate_of(again.waveforms, said),
             "mel_distance": round(sum(distances) / len(distances), 4) if distances else None,
             "similarity": similarity(again.waveforms, speakers, own=True),
         }

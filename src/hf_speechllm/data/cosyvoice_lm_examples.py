@@ -31,7 +31,7 @@ class SpeechPair:
 
     Args:
         text_ids: the words. speech_ids: from 0.
-        instruct_ids: what comes before the words; in version 3 it ends with `<|endofprompt|>`.
+        instruct_ids: what comes before the words, up to `<|endofprompt|>`; version 3 wants one.
         speaker_embedding: 192 numbers, of version 1.
         rejected_speech_ids: a worse rendering of the same text, for preference learning.
     """

@@ -85,7 +85,8 @@ class SpeechLmDataArguments:
     Args:
         data_dir (`str`, *optional*): folder that relative paths start from.
         train, validation (`list[str]`): parquet or jsonl files, see the head of this file.
-        instruct (`str`): put before a text whose row has no `instruct`; version 3 wants one with `<|endofprompt|>`.
+        instruct (`str`): put before a text whose row has no `instruct`; both end with `<|endofprompt|>`. Version 3
+            wants one before every text, the others none before plain ones.
         text_suffix (`str`): put behind every text: `.` where the texts have no punctuation, because the processor ends
             what it is to say in a full stop.
         speaker_column (`str`): `"utt_embedding"`, or `"spk_embedding"` for fine-tuning on known speakers.
@@ -205,7 +206,7 @@ def read_pairs(
     """The rows as pairs, and how many were left out for their length.
 
     Raises:
-        RunConfigError: a row without text or speech.
+        RunConfigError: a row without text or speech, or with an instruction that does not say where it ends.
     """
 
     def ids(text: str) -> tuple[int, ...]:
@@ -215,6 +216,10 @@ def read_pairs(
     for number, row in enumerate(read_rows(paths, data.data_dir)):
         if row.get("text") is None or row.get("speech_token") is None:
             raise RunConfigError(f"data: row {number}: expected `text` and `speech_token`, found {sorted(row)}")
+        instruct = row.get("instruct") or data.instruct
+        if instruct and END_OF_PROMPT not in instruct:
+            # The processor ends every instruction so: without it, the model would be taught what it is never asked.
+            raise RunConfigError(f"data: row {number}: expected {END_OF_PROMPT} in `instruct`, found {instruct!r}")
         text, speech = ids(row["text"] + data.text_suffix), tuple(row["speech_token"])
         fits = data.min_text_tokens <= len(text) <= data.max_text_tokens
         if not fits or not data.min_speech_tokens <= len(speech) <= data.max_speech_tokens:
@@ -224,7 +229,7 @@ def read_pairs(
             SpeechPair(
                 text_ids=text,
                 speech_ids=speech,
-                instruct_ids=ids(row.get("instruct") or data.instruct),
+                instruct_ids=ids(instruct),
                 speaker_embedding=tuple(row.get(data.speaker_column) or ()),
                 rejected_speech_ids=tuple(row.get("reject_speech_token") or ()),
             )
