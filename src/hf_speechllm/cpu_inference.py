@@ -7,8 +7,8 @@ faster ones anyway. Packing once doubles the memory of the linear weights and no
 saving and training stay as they are.
 
 In bfloat16 the packed copy and the inputs of each product are rounded to 8 bits of mantissa (its sums are float32),
-and all else stays float32. Processors with matrix units for it (AMX, AVX512-BF16) then take a third to a quarter of
-the time for a product; others take longer than in float32.
+and with [`use_bfloat16_products`] those of attention; all else stays float32. Processors with matrix units for it
+(AMX, AVX512-BF16) then take a third to a quarter of the time for a product; others take longer than in float32.
 """
 
 import torch
@@ -177,7 +177,8 @@ AttentionMaskInterface.register("sdpa_bfloat16", sdpa_mask)
 
 def use_bfloat16_products(model: PreTrainedModel) -> int:
     """Packed weights and attention in bfloat16: `pack_linear_weights(model, torch.bfloat16)` and
-    `model.set_attn_implementation("sdpa_bfloat16")`.
+    `model.set_attn_implementation("sdpa_bfloat16")`. `unpack_linear_weights(model)` and
+    `model.set_attn_implementation("sdpa")` take it back.
 
     Returns, Raises: as [`pack_linear_weights`].
     """
