@@ -61,7 +61,7 @@ class Transcript:
     score: float
 
 
-# Frames of which a CPU normalises the probabilities at a time: 25055 units of each are 1.6 MB, which stays in the cache.
+# Frames whose probabilities a CPU normalises at a time: 25055 units of each are 1.6 MB, which stays in the cache.
 _FRAMES_AT_ONCE = 16
 
 
