@@ -231,14 +231,13 @@ def measure(version: int, arguments: argparse.Namespace) -> Comparison:
         if run:
             theirs.append(pair[0])
             ours.append(pair[1])
-    for side, pieces in (("upstream", theirs), ("ours", ours)):
-        fastest = min(pieces, key=lambda piece: piece.total)
-        report(fastest.row(version, side, model.config.sampling_rate), arguments.output)
+    sides = {"upstream": theirs, "ours": ours}
     if has_bfloat16_products():
         use_bfloat16_products(model)
-        pieces = [ours_first_piece(model, request) for _ in range(arguments.runs + 1)][1:]
+        sides["ours in bfloat16"] = [ours_first_piece(model, request) for _ in range(arguments.runs + 1)][1:]
+    for side, pieces in sides.items():
         fastest = min(pieces, key=lambda piece: piece.total)
-        report(fastest.row(version, "ours in bfloat16", model.config.sampling_rate), arguments.output)
+        report(fastest.row(version, side, model.config.sampling_rate), arguments.output)
     name = f"CosyVoice {version}, first piece, prompt of {arguments.prompt:g} s"
     return Comparison(name, "-", [piece.total for piece in theirs], [piece.total for piece in ours])
 

@@ -12,7 +12,7 @@ its own loop, against what the caches leave to do. Every comparison checks first
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,6 +155,26 @@ def check_equal(ours: Tensor, theirs: Tensor, what: str) -> None:
         raise SystemExit(f"{what}: expected equal spectrograms, got {difference} apart")
 
 
+def compare_precisions(
+    model: TokenToMelModel,
+    exact: Tensor,
+    name: str,
+    goal: str,
+    peer: Callable[[], object],
+    ours: Callable[[], Tensor],
+    runs: int,
+) -> Iterator[Comparison]:
+    """Both sides in float32, then ours with bfloat16 products, and how far that is from `exact`."""
+    yield compare(name, goal, peer, ours, runs=runs, warm_up=False)
+    if not has_bfloat16_products():
+        return
+    use_bfloat16_products(model)
+    error = float((ours() - exact).norm() / exact.norm())
+    yield compare(f"{name}, ours in bfloat16 (mel {100 * error:.1f} % off)", "", peer, ours, runs=runs, warm_up=False)
+    unpack_linear_weights(model)
+    model.set_attn_implementation("sdpa")
+
+
 def compare_sentence(
     version: int, peer: nn.Module, model: TokenToMelModel, seconds: dict, runs: int
 ) -> Iterator[Comparison]:
@@ -163,15 +183,9 @@ def compare_sentence(
     exact = run_ours(model, [one])[0]
     check_equal(exact, run_peer(peer, one), f"version {version}")
     name = f"CosyVoice {version} flow, {seconds['sentence']:g} s"
-    run_both = (lambda: run_peer(peer, one), lambda: run_ours(model, [one]))
-    yield compare(name, ">= 1.1", *run_both, runs=runs, warm_up=False)
-    if has_bfloat16_products():
-        use_bfloat16_products(model)
-        error = float((run_ours(model, [one])[0] - exact).norm() / exact.norm())
-        name += f", ours in bfloat16 (mel {100 * error:.1f} % off)"
-        yield compare(name, "", *run_both, runs=runs, warm_up=False)
-        unpack_linear_weights(model)
-        model.set_attn_implementation("sdpa")
+    yield from compare_precisions(
+        model, exact, name, ">= 1.1", lambda: run_peer(peer, one), lambda: run_ours(model, [one])[0], runs
+    )
 
 
 def compare_four(
@@ -183,15 +197,15 @@ def compare_four(
     for mel, real, item in zip(mels, mask, four, strict=True):
         check_equal(mel[real][None], run_peer(peer, item), f"version {version}, four sentences")
     name = f"CosyVoice {version} flow, 4 sentences, {sum(seconds['four']):g} s"
-    run_both = (lambda: [run_peer(peer, item) for item in four], lambda: run_ours(model, four))
-    yield compare(name, ">= 2", *run_both, runs=runs, warm_up=False)
-    if has_bfloat16_products():
-        use_bfloat16_products(model)
-        error = float((run_ours(model, four)[0] - mels).norm() / mels.norm())
-        name += f", ours in bfloat16 (mel {100 * error:.1f} % off)"
-        yield compare(name, "", *run_both, runs=runs, warm_up=False)
-        unpack_linear_weights(model)
-        model.set_attn_implementation("sdpa")
+    yield from compare_precisions(
+        model,
+        mels,
+        name,
+        ">= 2",
+        lambda: [run_peer(peer, item) for item in four],
+        lambda: run_ours(model, four)[0],
+        runs,
+    )
 
 
 def compare_stream(

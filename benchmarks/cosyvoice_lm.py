@@ -1,4 +1,4 @@
-"""CosyVoice 2's language model: decoding one sentence and eight, and with int8 weights, against upstream.
+"""CosyVoice 2's language model: one sentence and eight, with bfloat16 and with int8 weights too, against upstream.
 
     python benchmarks/cosyvoice_lm.py --cosyvoice CHECKOUT [--dependencies FOLDER] [--tokens 50] [--tiny]
 
@@ -30,7 +30,7 @@ from hf_speechllm.models.ras_sampling import RasSettings
 WORDS, PROMPT_SPEECH = 20, 50
 GREEDY = RasSettings(top_k=1, threshold=1.1)
 # Our weights: as loaded, or packed in this type.
-WEIGHTS = {None: "", torch.float32: ", ours with packed weights", torch.bfloat16: ", ours with weights in bfloat16"}
+WEIGHTS = {None: "", torch.float32: ", ours with packed weights", torch.bfloat16: ", ours in bfloat16"}
 
 
 def sentences(count: int, text_size: int, speech_size: int) -> list[dict[str, torch.Tensor]]:
@@ -162,11 +162,8 @@ def main() -> None:
                 continue
             if packed is not None and not pack_linear_weights(model, packed):
                 continue
-            kind = {None: "", torch.float32: ", ours with packed weights", torch.bfloat16: ", ours in bfloat16"}[
-                packed
-            ]
             comparison = compare(
-                f"LM, {count} sentence(s) of {arguments.tokens} tokens{kind}",
+                f"LM, {count} sentence(s) of {arguments.tokens} tokens{WEIGHTS[packed]}",
                 goal,
                 partial(peer_speaks, peer, rows, arguments.tokens),
                 partial(ours_speak, model, rows, arguments.tokens, None),

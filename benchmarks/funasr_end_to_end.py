@@ -50,11 +50,12 @@ def end_to_end(checkout: Path, name: str) -> Iterator[Comparison]:
         rows += [([10.0], "", torch.bfloat16), (MIXED, "", torch.bfloat16)]
     for seconds, goal, packed in rows:
         kind = ""
-        if packed is not None:
-            pack_linear_weights(pair.model)
-            kind = ", ours packed"
         if packed == torch.bfloat16:
             use_bfloat16_products(pair.model)
+        elif packed is not None:
+            pack_linear_weights(pair.model)
+        if packed is not None:
+            kind = ", ours packed"
         waveforms, size = voices(seconds), len(seconds)
         texts, found = peer(waveforms, 1), ours(waveforms, size)
         assert any(texts)

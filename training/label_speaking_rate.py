@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-END_OF_PROMPT = "<|endofprompt|>"
-
 
 def count_words(texts: Sequence[str], vocabulary: Sequence[str]) -> "np.ndarray":
     """How often each word is in each text, and a column of ones for the edges: `(texts, words + 1)` float64.
@@ -68,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     import numpy as np
     from datasets import Dataset
+
+    from hf_speechllm.models.processing_cosyvoice import END_OF_PROMPT
 
     instructions = (arguments.quick + END_OF_PROMPT, "", arguments.slow + END_OF_PROMPT)
     vocabulary, averages, limits = [], np.zeros(0), np.zeros(0)

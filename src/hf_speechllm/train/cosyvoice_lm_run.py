@@ -37,6 +37,7 @@ from hf_speechllm.models.configuration_cosyvoice_lm import CosyVoiceLmConfig
 from hf_speechllm.models.configuration_cosyvoice_transformer_lm import CosyVoiceTransformerLmConfig
 from hf_speechllm.models.modeling_cosyvoice_lm import CosyVoiceLmForCausalLM
 from hf_speechllm.models.modeling_cosyvoice_transformer_lm import CosyVoiceTransformerLm
+from hf_speechllm.models.processing_cosyvoice import END_OF_PROMPT
 from hf_speechllm.train.cosyvoice_parts import is_complete_cosyvoice, load_cosyvoice_part
 from hf_speechllm.train.lora import freeze
 from hf_speechllm.train.run_config import RunConfigError
@@ -46,7 +47,6 @@ from hf_speechllm.train.unit_lm_run import read_rows
 
 SpeechLm = CosyVoiceLmForCausalLM | CosyVoiceTransformerLm
 MODEL_TYPES = ("cosyvoice_lm", "cosyvoice_transformer_lm")
-END_OF_PROMPT = "<|endofprompt|>"
 
 
 @dataclass
