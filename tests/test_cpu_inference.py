@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_cosyvoice import tiny_cosyvoice
 from tiny_cosyvoice_flow import batch_inputs, speech, tiny_flow
+from tiny_speechgpt_units import BASE, LARGE, noise, padded, tiny_units
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_speechllm.cpu_inference import (
@@ -168,6 +169,40 @@ def test_a_flow_with_packed_weights_speaks_the_same(version):
     assert not any(type(module).__name__.startswith("Packed") for module in model.modules())
     torch.testing.assert_close(mel_of(model), changed, rtol=0.0, atol=1e-5)
     assert not torch.allclose(changed, plain, atol=1e-3)
+
+
+# -- units ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("hubert", [BASE, LARGE], ids=["group", "layer"])
+def test_packed_weights_give_the_same_speech_units(hubert):
+    model, (values, mask) = tiny_units(hubert=hubert), padded(noise(9000, 4000))
+    with torch.no_grad():
+        plain = model(values, mask).last_hidden_state
+    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
+    assert pack_linear_weights(model) == linears + len(hubert["conv_dim"]) - 1  # not the one that reads the waveform
+    with torch.no_grad():
+        torch.testing.assert_close(model(values, mask).last_hidden_state, plain, rtol=0.0, atol=1e-5)
+        model.hubert.feature_extractor.conv_layers[3].conv.weight.neg_()
+        changed = model(values, mask).last_hidden_state
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    unpack_linear_weights(model)
+    assert not any(type(module).__name__.startswith("Packed") for module in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model(values, mask).last_hidden_state, changed, rtol=0.0, atol=1e-5)
+
+
+@has_bfloat16
+@pytest.mark.parametrize("hubert", [BASE, LARGE], ids=["group", "layer"])
+def test_speech_units_in_bfloat16_are_near(hubert):
+    model, (values, mask) = tiny_units(hubert=hubert), padded(noise(9000, 4000))
+    with torch.no_grad():
+        plain = model(values, mask).last_hidden_state
+        use_bfloat16_products(model)
+        rounded = model(values, mask).last_hidden_state
+        unpack_linear_weights(model)
+        model.set_attn_implementation("sdpa")
+        again = model(values, mask).last_hidden_state
+    assert rounded.dtype == torch.float32 and torch.equal(again, plain)
+    assert 1e-4 < float((rounded - plain).norm() / plain.norm()) < 2e-2
 
 
 # -- attention in bfloat16 --------------------------------------------------------------------------------------------

@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_speechtokenizer import tiny_codec, waves
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from transformers import HubertConfig, HubertModel
 
 from hf_speechllm.data.fixed_batches import FixedBatchSampler
@@ -205,9 +207,11 @@ class StopRun(Exception):
     """What a test raises after a checkpoint, like a run that is killed."""
 
 
-def make_trainer(folder: Path, recordings: list[Utterance], **changes) -> GanTrainer:
+def make_trainer(
+    folder: Path, recordings: list[Utterance], model: SpeechTokenizerModel | None = None, **changes
+) -> GanTrainer:
     """A codec with teacher and all discriminators; the same objects in every call."""
-    model = codec_of_tests()
+    model = model or codec_of_tests()
     torch.manual_seed(7)
     judges = build_discriminators(["mpd", "msd", "msstftd"], shrink=32)
     judges.members["msstftd"].members = judges.members["msstftd"].members[2:]  # windows that fit into a crop
@@ -263,6 +267,62 @@ def test_resumed_run_equals_the_uninterrupted(recordings, tmp_path, stopped_at):
     lines = [json.loads(line) for line in logs[0].splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 4, 6, 7, 7] and "eval_mel" in lines[2]
     assert {"mel", "waveform", "commitment", "distillation", "adversarial", "feature_matching"} <= lines[1].keys()
+
+
+def started_codec() -> SpeechTokenizerModel:
+    """Without anything drawn: its codebooks have their codewords, and none of them dies."""
+    return tiny_codec(upsampling_ratios=[5, 4, 2], dead_code_threshold=0.0).train()
+
+
+def _train_in_two(rank: int, folder: Path, recordings: list[Utterance], port: int) -> None:
+    """One process of two, each with half of the items of a batch: two runs, of which one stops and goes on."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    started = make_trainer(folder / "started", recordings, started_codec())
+    started.train()
+    # K-means on the first batch, and codewords that die.
+    make_trainer(folder / "new", recordings).train()
+    if rank == 0:
+        shutil.copytree(folder / "new", folder / "again", ignore=shutil.ignore_patterns("checkpoint-7"))
+    torch.distributed.barrier()
+    resumed = make_trainer(folder / "again", recordings)
+    resumed.train(resume=True)
+    for name, trainer in (("started", started), ("resumed", resumed)):
+        save_file(weights_of(trainer), folder / f"{name}{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(recordings, tmp_path):
+    """Data parallel, codebooks included; both processes hold the same, also after a stop.
+
+    Without the recording that is shorter than a crop: distillation is a mean over the real frames of each process.
+    """
+    recordings = [item for item in recordings if soundfile.info(item.audio).frames >= CROP]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_train_in_two, args=(tmp_path, recordings, port), nprocs=2)
+    alone = make_trainer(tmp_path / "alone", recordings, started_codec(), batch_size=4)
+    before = {name: value.clone() for name, value in weights_of(alone).items()}
+    alone.train()
+    first, second = (load_file(tmp_path / f"started{rank}.safetensors") for rank in range(2))
+    moved = 0.0
+    for name, tensor in weights_of(alone).items():
+        wrapped = name.replace(".", ".module.", 1)
+        torch.testing.assert_close(first[wrapped], tensor, rtol=0.0, atol=2e-5)
+        assert torch.equal(first[wrapped], second[wrapped]), name
+        moved = max(moved, float((tensor - before[name]).abs().max()))
+    assert moved > 3e-3
+    first, second = (load_file(tmp_path / f"resumed{rank}.safetensors") for rank in range(2))
+    saved = SpeechTokenizerModel.from_pretrained(tmp_path / "new").state_dict()
+    assert saved["quantizer.levels.0.embed"].any()
+    for name, tensor in saved.items():
+        assert torch.equal(first[f"generator.module.{name}"], tensor), name
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    logs = [(tmp_path / name / LOG_NAME).read_text() for name in ("new", "again")]
+    assert logs[0] == logs[1]
 
 
 def test_checkpoint_is_a_model_and_holds_the_discriminators(recordings, tmp_path):

@@ -20,6 +20,7 @@ import extract_units  # noqa: E402
 import fit_kmeans  # noqa: E402
 import train_unit_encoder  # noqa: E402
 
+from hf_speechllm.cpu_inference import has_bfloat16_products  # noqa: E402
 from hf_speechllm.data.augmentation import AugmentationConfig  # noqa: E402
 from hf_speechllm.data.manifests import read_manifest  # noqa: E402
 from hf_speechllm.data.waveform_dataset import SpeechWaveformDataset, collate_waveforms  # noqa: E402
@@ -105,6 +106,15 @@ def test_training_codebook_and_units_follow_each_other(clips, tmp_path):
         assert sum(row["durations"]) == (((samples - 20) // 20 + 1) - 16) // 16 + 1
         assert all(first != second for first, second in zip(row["units"], row["units"][1:], strict=False))
         assert set(row["units"]) <= set(range(6))
+    options = [str(tmp_path / "units"), str(clips / "train.jsonl"), str(output), "--bfloat16"]
+    with pytest.raises(SystemExit):
+        extract_units.main([*options, "--device", "cuda"])
+    if has_bfloat16_products():
+        extract_units.main(options)
+        rounded = list(Dataset.from_parquet(str(output)))
+        assert [sum(row["durations"]) for row in rounded] == [sum(row["durations"]) for row in rows]
+        same = [one["units"] == other["units"] for one, other in zip(rounded, rows, strict=True)]
+        assert sum(same) >= len(same) // 2
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(clips):

@@ -191,6 +191,8 @@ class TestStages:
             results.append(json.loads(output.read_text()))
         assert {"unit_perplexity", "recognition_wer", "transcript_wer", "answer_wer"} <= results[0].keys()
         assert 1.0 < results[0]["unit_perplexity"] < 15.0
+        # Stage 2 teaches what stage 1 has never seen: units as an answer.
+        assert 1.0 < results[1]["spoken_text_perplexity"] < 0.01 * results[0]["spoken_text_perplexity"]
         with pytest.raises(SystemExit):
             evaluate_unit_lm.main([str(stage1), *options[:2], "--ras_threshold", "0.3"])
 

@@ -8,6 +8,7 @@ also one that has not yet learned the task. VOCODER is a unit vocoder, or a Cosy
 Figures:
 
 * `unit_perplexity`: of `<sosp>...<eosp>` lines, over units and `<eosp>`;
+* `spoken_text_perplexity`: the same where the model is asked to speak the transcript, and the recording is the answer;
 * `recognition_wer`: the text that the model writes for units, against the transcript;
 * `synthesis_wer`: the model speaks the transcript (units, vocoder), the recogniser writes down what it hears;
 * `resynthesis_wer`: the same for the recording's own units, which bounds the synthesis from below;
@@ -107,14 +108,15 @@ def main(argv: Sequence[str]) -> None:
         return round(100.0 * wer.compute(predictions=list(texts), references=list(references))["wer"], 2)
 
     @torch.no_grad()
-    def perplexity(rows: Sequence[dict]) -> float:
+    def perplexity(texts: Sequence[str], name: str) -> float:
+        """Of the units, and the end behind them, of texts that end with units."""
         total = count = 0.0
-        for row in tqdm(rows, desc="perplexity"):
-            ids = tokenizer(unit_string(row["units"]), return_tensors="pt").input_ids.to(model.device)
+        for text in tqdm(texts, desc=name):
+            ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
             scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
             losses = -scores.gather(-1, ids[0, 1:, None])[:, 0]
             # What comes before the first unit is given: the beginning of the text and <sosp>.
-            losses = losses[len(losses) - len(row["units"]) - 1 :]
+            losses = losses[len(losses) - len(parse_unit_string(text)) - 1 :]
             total, count = total + float(losses.sum()), count + len(losses)
         return round(math.exp(total / count), 3)
 
@@ -162,10 +164,12 @@ def main(argv: Sequence[str]) -> None:
 
     rng = torch.Generator().manual_seed(arguments.seed)
 
-    def task(descriptions: Sequence[str], source: str) -> str:
+    def task(descriptions: Sequence[str], source: str, answer: str = "") -> str:
+        """A request, ready to be answered, or with a given answer behind it."""
         description = descriptions[int(torch.randint(len(descriptions), (), generator=rng))]
-        asked = cross_modal_text(description, source, "", arguments.style)
-        return META_INSTRUCTION + asked[: asked.index("[SpeechGPT]:")] + "[SpeechGPT]:"
+        asked = cross_modal_text(description, source, answer, arguments.style)
+        end = asked.index(answer) + len(answer) if answer else asked.index("[SpeechGPT]:") + len("[SpeechGPT]:")
+        return META_INSTRUCTION + asked[:end]
 
     def before_end(text: str) -> str:
         return text.split("<eoa>")[0].split(tokenizer.eos_token)[0].strip()
@@ -173,8 +177,12 @@ def main(argv: Sequence[str]) -> None:
     speech = rows_of(arguments.speech)
     texts = [row["text"] for row in speech]
     result: dict[str, Any] = {"model": Path(arguments.model).name, "rows": len(speech)}
-    result["unit_perplexity"] = perplexity(speech)
-    prompts = [task(RECOGNITION_DESCRIPTIONS, unit_string(row["units"])) for row in speech]
+    recorded = [unit_string(row["units"]) for row in speech]
+    result["unit_perplexity"] = perplexity(recorded, "perplexity")
+    spoken = [task(SYNTHESIS_DESCRIPTIONS, text, units) for text, units in zip(texts, recorded, strict=True)]
+    result["spoken_text_perplexity"] = perplexity(spoken, "perplexity of spoken texts")
+    rng.manual_seed(arguments.seed)  # the requests below are those of a run that measures nothing else
+    prompts = [task(RECOGNITION_DESCRIPTIONS, units) for units in recorded]
     written = [before_end(text) for text in continue_texts(prompts, "recognition")]
     result["recognition_wer"] = error_rate(written, texts)
     if vocoder is not None:

@@ -9,6 +9,8 @@ saving and training stay as they are.
 In bfloat16 the packed copy and the inputs of each product are rounded to 8 bits of mantissa (its sums are float32),
 and with [`use_bfloat16_products`] those of attention; all else stays float32. Processors with matrix units for it
 (AMX, AVX512-BF16) then take a third to a quarter of the time for a product; others take longer than in float32.
+Convolutions are rounded only where they are written as products: torch's own ones in bfloat16 give wrong sums on such
+processors for some numbers of channels (pytorch/pytorch#163347; in torch 2.13 a group of 6 channels and 16 taps).
 """
 
 import torch
@@ -18,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .models.frame_convolution import FrameConv1d
+from .models.window_convolution import WindowConv1d
 
 
 class PackedWeight:
@@ -41,19 +44,27 @@ def weight_version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def packed_product(module: "PackedLinear | PackedFrameConv1d", inputs: Tensor) -> Tensor | None:
-    """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used."""
+def usable_weight(module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d", inputs: Tensor) -> Tensor | None:
+    """The packed weight, or `None` where it must not be used."""
+    weight = module.packed_weight.tensor
     usable = (
-        inputs.dtype == torch.float32
+        weight is not None
+        and weight_version(module.weight) == module.packed_weight.version
+        and module.weight.dtype == torch.float32
+        and inputs.dtype in (torch.float32, weight.dtype)
         and inputs.device.type == "cpu"
         and inputs.numel() > 0
-        and weight_version(module.weight) == module.packed_weight.version
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
-    if not usable:
+    return weight if usable else None
+
+
+def packed_product(module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d", inputs: Tensor) -> Tensor | None:
+    """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used."""
+    weight = usable_weight(module, inputs)
+    if weight is None:
         return None
-    weight = module.packed_weight.tensor
     product = torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, module.bias, "none", [], "")
     return product.to(inputs.dtype)
 
@@ -81,8 +92,29 @@ class PackedFrameConv1d(FrameConv1d):
         return super().multiply(taps) if product is None else product
 
 
+class PackedWindowConv1d(WindowConv1d):
+    """The same for the convolutions in front of a HuBERT. What they give stays in the type of the packed weight: the
+    next of them would only round it again."""
+
+    packed_weight: PackedWeight
+
+    def convolve(self, frames: Tensor) -> Tensor:
+        weight = usable_weight(self, frames)
+        return super().convolve(frames if weight is None else frames.to(weight.dtype))
+
+    def multiply(self, windows: Tensor) -> Tensor:
+        product = packed_product(self, windows)
+        return super().multiply(windows) if product is None else product
+
+
 # Classes whose weights are packed, and what they become.
-_PACKED = {nn.Linear: PackedLinear, FrameConv1d: PackedFrameConv1d}
+_PACKED = {nn.Linear: PackedLinear, FrameConv1d: PackedFrameConv1d, WindowConv1d: PackedWindowConv1d}
+
+
+def _reads_a_waveform(module: nn.Module) -> bool:
+    """The first convolution of a HuBERT: too small a product to be worth packing, and rounding the samples themselves
+    would change units that need not change."""
+    return isinstance(module, WindowConv1d) and module.in_channels == 1
 
 
 def has_bfloat16_products() -> bool:
@@ -92,7 +124,8 @@ def has_bfloat16_products() -> bool:
 
 def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     """Give every float32 `nn.Linear` of `model` on the CPU a packed copy of its weight, used where gradients are off;
-    and every `FrameConv1d` (of the flows), which is a linear layer over neighbouring frames.
+    and every `FrameConv1d` (of the flows) and `WindowConv1d` (in front of a HuBERT, but for the first), which are
+    linear layers over neighbouring frames.
 
     A layer whose weight has changed since (an optimiser step, a merged adapter, `load_state_dict`) falls back to the
     plain product until this is called again. Layers on other devices or of other types are left alone. Adapters of
@@ -103,7 +136,7 @@ def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) ->
             above and [`has_bfloat16_products`].
 
     Returns:
-        how many layers were packed; 0 where this build of torch has no oneDNN.
+        how many weights were packed; 0 where this build of torch has no oneDNN.
 
     Raises:
         ValueError: another `dtype`, or bfloat16 on a processor without AVX512.
@@ -116,7 +149,7 @@ def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) ->
         raise ValueError("dtype: expected torch.float32 on this processor, whose oneDNN has no bfloat16 products")
     packed = 0
     for module in model.modules():
-        if type(module) not in (*_PACKED, *_PACKED.values()):
+        if type(module) not in (*_PACKED, *_PACKED.values()) or _reads_a_waveform(module):
             continue
         weight = module.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:

@@ -10,6 +10,7 @@ chosen one are not computed; a recording longer than `max_chunk_samples` is by d
 that know each other (`seamless_chunks`); one that is too short for a frame has no units and is no error.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_speechgpt_units import SpeechGptUnitsConfig
 from .unit_string import parse_unit_string, unit_string
+from .window_convolution import WindowConv1d
 
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     *("merge_repeats", "parse_unit_string", "unit_string"),
 ]
 
-# Of the first convolution's output, while the statistics of a long recording are gathered.
+# Windows of the first convolution, while the statistics of a long recording are gathered.
 _STATISTICS_FRAMES = 1 << 15
+# Of the first convolution's output, the largest of all, that are computed at once: they stay in the caches of a CPU.
+_TILE_VALUES = 1 << 21
 # What a CPU computes at once: more only drives the activations out of its caches, less leaves it idle between calls.
 _CPU_SAMPLES = 160_000
 # Entries of the matrix of distances that are computed at once.
@@ -119,6 +123,8 @@ class SpeechGptUnitsModel(PreTrainedModel):
     def __init__(self, config: SpeechGptUnitsConfig) -> None:
         super().__init__(config)
         self.hubert = HubertModel(config.hubert_config)
+        for layer in self.hubert.feature_extractor.conv_layers:
+            layer.conv.__class__ = WindowConv1d
         self.register_buffer("codebook", torch.zeros(config.num_units, config.hidden_size))
         # As loading sets it, so that a model saved, loaded and saved again has the same configuration.
         config.hubert_config.dtype = self.dtype
@@ -299,7 +305,7 @@ class SpeechGptUnitsModel(PreTrainedModel):
         config = self.config
         hop, frames = config.hop_length, config.num_frames(waveform.shape[1])
         step, context = max(1, size // hop), -(-config.context_samples // hop)
-        statistics = self._long_statistics(waveform)
+        statistics = self._statistics(waveform, [waveform.shape[1]])
         found = []
         for first in range(0, frames, step):
             last = min(first + step, frames)
@@ -308,29 +314,6 @@ class SpeechGptUnitsModel(PreTrainedModel):
             hidden = self._one_recording(samples, statistics, layer)[0]
             found.append(hidden[first - start : last - start])
         return torch.cat(found)
-
-    def _long_statistics(self, waveform: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance `(1, channels)` of the first convolution's output over a recording, piece by piece.
-
-        `None` where the network has no norm over time.
-        """
-        if self.config.hubert_config.feat_extract_norm != "group":
-            return None
-        conv = self.hubert.feature_extractor.conv_layers[0].conv
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
-        frames, count = (waveform.shape[1] - kernel) // stride + 1, 0
-        for start in range(0, frames, _STATISTICS_FRAMES):
-            end = min(start + _STATISTICS_FRAMES, frames)
-            hidden = conv(waveform[:, None, start * stride : (end - 1) * stride + kernel])
-            variance, mean = (value.double() for value in torch.var_mean(hidden.float(), dim=-1, correction=0))
-            if count == 0:
-                all_mean, squares = mean, variance * (end - start)
-            else:  # of two sets together: Chan, Golub and LeVeque, 1979
-                difference, share = mean - all_mean, (end - start) / (count + end - start)
-                all_mean = all_mean + difference * share
-                squares = squares + variance * (end - start) + difference.square() * count * share
-            count += end - start
-        return all_mean.float(), (squares / count).float()
 
     # -- the network -------------------------------------------------------------------------------------------------
     def _one_pass(self, waveforms: Tensor, lengths: Tensor, layer: int) -> SpeechGptUnitsFeatures:
@@ -371,7 +354,7 @@ class SpeechGptUnitsModel(PreTrainedModel):
         short = config.receptive_field - waveforms.shape[1]
         if short > 0:
             waveforms = nn.functional.pad(waveforms, (0, short))
-        statistics = self._batch_statistics(waveforms, lengths)
+        statistics = self._statistics(waveforms, lengths.tolist())
         hidden = self.hubert.feature_projection(self._convolve(waveforms, statistics))
         mask = torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None]
         hidden = self._transform(hidden, mask, layer)
@@ -383,33 +366,77 @@ class SpeechGptUnitsModel(PreTrainedModel):
         """`(b, t, d)` of recordings of one length, or of a part of one whose norm takes the statistics given."""
         return self._transform(self.hubert.feature_projection(self._convolve(waveforms, statistics)), None, layer)
 
-    def _batch_statistics(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance `(b, channels)` of the first convolution's output over each recording, without padding."""
+    def _statistics(self, waveforms: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance `(b, channels)` of the first convolution's output over each recording, without padding.
+
+        `None` where the network has no norm over time. The convolution is linear: its output has the mean W m + b and
+        the variances diag(W C W^T) for windows of the waveform with the mean m and the covariance C.
+        """
         if self.config.hubert_config.feat_extract_norm != "group":
             return None
         conv = self.hubert.feature_extractor.conv_layers[0].conv
-        hidden = conv(waveforms[:, None]).float()
-        counts = ((lengths - conv.kernel_size[0]) // conv.stride[0] + 1).clamp_min(1)
-        mask = (torch.arange(hidden.shape[2], device=hidden.device) < counts[:, None])[:, None]
-        mean = hidden.masked_fill(~mask, 0.0).sum(dim=-1) / counts[:, None]
-        difference = (hidden - mean[..., None]).masked_fill(~mask, 0.0)
-        return mean, difference.square().sum(dim=-1) / counts[:, None]
+        kernel, step = conv.kernel_size[0], conv.stride[0]
+        weight = conv.weight[:, 0].double()
+        means, variances = [], []
+        for waveform, length in zip(waveforms, lengths, strict=True):
+            windows = waveform[: max(length, kernel)].unfold(0, kernel, step)
+            total, products = weight.new_zeros(kernel), weight.new_zeros(kernel, kernel)
+            for part in windows.split(_STATISTICS_FRAMES):
+                part = part.double()
+                total, products = total + part.sum(dim=0), products + part.T @ part
+            mean = total / len(windows)
+            covariance = products / len(windows) - mean[:, None] * mean
+            means.append(weight @ mean if conv.bias is None else weight @ mean + conv.bias.double())
+            variances.append(((weight @ covariance) * weight).sum(dim=1).clamp_min(0.0))
+        return torch.stack(means).float(), torch.stack(variances).float()
 
     def _convolve(self, waveforms: Tensor, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
         """`(b, t, channels)` of the feature extractor. `statistics` stand in for those that a group norm over time
         would take itself."""
-        extractor = self.hubert.feature_extractor
+        layers = self.hubert.feature_extractor.conv_layers
+        in_tiles = waveforms.device.type == "cpu" and not torch.is_grad_enabled()
+        if in_tiles and all(isinstance(layer.conv, WindowConv1d) for layer in layers):  # no adapters around them
+            if statistics is None:
+                statistics = self._statistics(waveforms, [waveforms.shape[1]] * len(waveforms))
+            return self._convolve_in_tiles(waveforms, statistics)
         if statistics is None:
-            return extractor(waveforms).transpose(1, 2)
-        first, *others = extractor.conv_layers
-        norm, (mean, variance) = first.layer_norm, statistics
-        scale = (variance + norm.eps).rsqrt() * norm.weight.float()
-        shift = norm.bias.float() - mean * scale
-        hidden = first.conv(waveforms[:, None])
-        hidden = first.activation(hidden.float() * scale[..., None] + shift[..., None]).to(hidden.dtype)
-        for layer in others:
+            return self.hubert.feature_extractor(waveforms).transpose(1, 2)
+        scale, shift = self._norm(*statistics)
+        hidden = layers[0].conv(waveforms[:, None])
+        hidden = layers[0].activation(hidden.float() * scale[..., None] + shift[..., None]).to(hidden.dtype)
+        for layer in layers[1:]:
             hidden = layer(hidden)
         return hidden.transpose(1, 2)
+
+    def _norm(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """What the group norm multiplies by and adds, `(b, channels)`."""
+        norm = self.hubert.feature_extractor.conv_layers[0].layer_norm
+        scale = (variance + norm.eps).rsqrt() * norm.weight.float()
+        return scale, norm.bias.float() - mean * scale
+
+    def _convolve_in_tiles(self, waveforms: Tensor, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The same on a CPU: a few recordings, or a stretch of one, at a time through all layers."""
+        config = self.config
+        samples, frames = waveforms.shape[1], config.num_frames(waveforms.shape[1])
+        output = waveforms.new_empty((len(waveforms), frames, config.hubert_config.conv_dim[-1]))
+        tile = _TILE_VALUES * config.hubert_config.conv_stride[0] // config.hubert_config.conv_dim[0]  # samples
+        rows, step = max(1, tile // samples), max(1, tile // config.hop_length)
+        for row in range(0, len(waveforms), rows):
+            some = slice(row, row + rows)
+            norm = None if statistics is None else self._norm(*(value[some, None] for value in statistics))
+            for first in range(0, frames, step):
+                last = min(first + step, frames)
+                end = (last - 1) * config.hop_length + config.receptive_field
+                hidden = waveforms[some, first * config.hop_length : end, None]
+                for number, layer in enumerate(self.hubert.feature_extractor.conv_layers):
+                    hidden = layer.conv.convolve(hidden)
+                    if norm is None:
+                        hidden = layer.layer_norm(hidden.to(output.dtype))
+                    elif number == 0:
+                        hidden = torch.addcmul(norm[1], hidden.float(), norm[0]).to(output.dtype)
+                    hidden = layer.activation(hidden)
+                output[some, first:last] = hidden
+        return output
 
     def _transform(self, hidden: Tensor, mask: Tensor | None, layer: int) -> Tensor:
         """Layers 1 to `layer` of the transformer on `(b, t, d)`; `mask` `(b, t)`, bool, True = real frame.
