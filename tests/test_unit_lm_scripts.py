@@ -195,6 +195,8 @@ class TestStages:
         assert 1.0 < results[1]["spoken_text_perplexity"] < 0.01 * results[0]["spoken_text_perplexity"]
         with pytest.raises(SystemExit):
             evaluate_unit_lm.main([str(stage1), *options[:2], "--ras_threshold", "0.3"])
+        with pytest.raises(SystemExit):
+            evaluate_unit_lm.main([str(stage1), *options[:2], "--where", "speaker=nobody"])
 
     def test_a_stage_without_its_model_is_refused(self, tmp_path):
         with pytest.raises(RunConfigError, match="model.pretrained: expected the model of the stage before"):

@@ -32,6 +32,9 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a unit LM")
     parser.add_argument("--speech", type=Path, required=True, help="parquet with text and units")
+    parser.add_argument(
+        "--where", nargs="*", default=[], metavar="COLUMN=VALUE[,VALUE]", help="keep these speech rows"
+    )
     parser.add_argument("--dialogues", type=Path, help="parquet with text, units and answer_text")
     parser.add_argument("--vocoder", help="folder of a unit vocoder or a CosyVoice; without it nothing is spoken")
     parser.add_argument("--recogniser", help="folder of the recogniser that listens")
@@ -75,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
     import hf_speechllm  # noqa: F401  registers the model families
     from hf_speechllm.cosyvoice_units import CosyVoiceUnits
+    from hf_speechllm.data.manifests import parse_filters
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
     from hf_speechllm.models.greedy_text import GreedyText
@@ -101,8 +105,9 @@ def main(argv: Sequence[str]) -> None:
         recognise = pipeline("automatic-speech-recognition", model=arguments.recogniser, trust_remote_code=True)
     wer = evaluate.load(metric_path("wer"))
 
-    def rows_of(path: Path) -> list[dict[str, Any]]:
-        return list(Dataset.from_parquet(str(path)))[: arguments.limit]
+    def rows_of(path: Path, where: dict[str, list[str]]) -> list[dict[str, Any]]:
+        rows = [row for row in Dataset.from_parquet(str(path)) if all(row[name] in where[name] for name in where)]
+        return rows[: arguments.limit]
 
     def error_rate(texts: Sequence[str], references: Sequence[str]) -> float:
         return round(100.0 * wer.compute(predictions=list(texts), references=list(references))["wer"], 2)
@@ -174,7 +179,9 @@ def main(argv: Sequence[str]) -> None:
     def before_end(text: str) -> str:
         return text.split("<eoa>")[0].split(tokenizer.eos_token)[0].strip()
 
-    speech = rows_of(arguments.speech)
+    speech = rows_of(arguments.speech, parse_filters(arguments.where))
+    if not speech:
+        parser.error(f"--where: {arguments.speech}: expected rows with {arguments.where}, found none")
     texts = [row["text"] for row in speech]
     result: dict[str, Any] = {"model": Path(arguments.model).name, "rows": len(speech)}
     recorded = [unit_string(row["units"]) for row in speech]
@@ -191,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
         result["synthesis_wer"] = error_rate(listen(spoken, "listening"), texts)
         result["resynthesis_wer"] = error_rate(listen([row["units"] for row in speech], "listening"), texts)
     if arguments.dialogues is not None:
-        dialogues = rows_of(arguments.dialogues)
+        dialogues = rows_of(arguments.dialogues, {})
         questions = [unit_string(row["units"]) for row in dialogues]
         prompts = [
             inference_prompt(question, style=arguments.style, modalities=("speech", "speech")).rstrip(" ")

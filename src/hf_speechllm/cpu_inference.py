@@ -16,11 +16,12 @@ processors for some numbers of channels (pytorch/pytorch#163347; in torch 2.13 a
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .models.frame_convolution import FrameConv1d
-from .models.window_convolution import WindowConv1d
+from .models.window_convolution import Activation, WindowConv1d
 
 
 class PackedWeight:
@@ -60,12 +61,22 @@ def usable_weight(module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d
     return weight if usable else None
 
 
-def packed_product(module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d", inputs: Tensor) -> Tensor | None:
-    """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used."""
+def packed_product(
+    module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d",
+    inputs: Tensor,
+    activation: str = "none",
+    algorithm: str = "",
+) -> Tensor | None:
+    """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used.
+
+    `activation` and its `algorithm` are names of oneDNN's; it sees the sums before they are rounded.
+    """
     weight = usable_weight(module, inputs)
     if weight is None:
         return None
-    product = torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, module.bias, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise(
+        inputs.to(weight.dtype), weight, module.bias, activation, [], algorithm
+    )
     return product.to(inputs.dtype)
 
 
@@ -98,13 +109,16 @@ class PackedWindowConv1d(WindowConv1d):
 
     packed_weight: PackedWeight
 
-    def convolve(self, frames: Tensor) -> Tensor:
+    def convolve(self, frames: Tensor, activation: Activation | None = None) -> Tensor:
         weight = usable_weight(self, frames)
-        return super().convolve(frames if weight is None else frames.to(weight.dtype))
+        return super().convolve(frames if weight is None else frames.to(weight.dtype), activation)
 
-    def multiply(self, windows: Tensor) -> Tensor:
-        product = packed_product(self, windows)
-        return super().multiply(windows) if product is None else product
+    def multiply(self, windows: Tensor, activation: Activation | None = None) -> Tensor:
+        is_exact_gelu = isinstance(activation, GELUActivation) and activation.act is nn.functional.gelu
+        product = packed_product(self, windows, *(("gelu", "none") if is_exact_gelu else ()))
+        if product is None:
+            return super().multiply(windows, activation)
+        return product if activation is None or is_exact_gelu else activation(product)
 
 
 # Classes whose weights are packed, and what they become.

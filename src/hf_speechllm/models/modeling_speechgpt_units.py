@@ -429,10 +429,13 @@ class SpeechGptUnitsModel(PreTrainedModel):
                 end = (last - 1) * config.hop_length + config.receptive_field
                 hidden = waveforms[some, first * config.hop_length : end, None]
                 for number, layer in enumerate(self.hubert.feature_extractor.conv_layers):
+                    if norm is not None and number > 0:
+                        hidden = layer.conv.convolve(hidden, layer.activation)
+                        continue
                     hidden = layer.conv.convolve(hidden)
                     if norm is None:
                         hidden = layer.layer_norm(hidden.to(output.dtype))
-                    elif number == 0:
+                    else:
                         hidden = torch.addcmul(norm[1], hidden.float(), norm[0]).to(output.dtype)
                     hidden = layer.activation(hidden)
                 output[some, first:last] = hidden
