@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -86,6 +87,10 @@ def test_durations_given_are_repeats():
     model, units = tiny_vocoder(), torch.tensor([[3, 8, 1]])
     repeated = model(torch.tensor([[3, 3, 1, 1, 1]]), predict_durations=False)
     given = model(units, durations=torch.tensor([[2, 0, 3]]))
+    assert torch.equal(model.synthesize(units[0], durations=torch.tensor([2, 0, 3])), given.waveform[0])
+    several = model.synthesize_batch([units[0], [1]], durations=[[2, 0, 3], [4]])
+    torch.testing.assert_close(several[0], given.waveform[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(several[1], model.synthesize([1], durations=[4]), atol=1e-5, rtol=1e-4)
     assert torch.equal(given.waveform, repeated.waveform)
     predicted = model(units)
     again = model(units, durations=predicted.durations)
@@ -148,6 +153,7 @@ def test_pitch_in_a_batch():
 def test_voices():
     model, units = tiny_vocoder(**VOICES), "<sosp><3><8><1><eosp>"
     first = model.synthesize(units, speaker="bob", style="loud")
+    assert torch.equal(first, model.synthesize(units, speaker=np.int64(1), style=torch.tensor(1)))
     assert torch.equal(first, model.synthesize([3, 8, 1], speaker=1, style=1))
     assert (first[:320] - model.synthesize(units, speaker="ann", style="loud")[:320]).abs().max() > 1e-3
     assert (first[:320] - model.synthesize(units, speaker="bob", style="calm")[:320]).abs().max() > 1e-3
@@ -179,6 +185,12 @@ def test_synthesize_batch():
         (VOICES, lambda model: model(torch.tensor([[1]]), style_id=-1), r"style_id: expected 0\.\.1, got -1"),
         (VOICES, lambda model: model.synthesize([1], speaker="dee"), "speaker: expected a number or one of .*'dee'"),
         (VOICES, lambda model: model.synthesize_batch([[1], [2]], speaker=[0]), "one for each of 2 utterances"),
+        (VOICES, lambda model: model.synthesize_batch([[1], [2]], speaker=["ann", None]), "a number or one of .*None"),
+        (
+            {},
+            lambda model: model.synthesize([1, 2], durations=[3]),
+            r"durations: expected one for each of \[2\] units",
+        ),
         ({"use_f0": True}, lambda model: model(torch.tensor([[1]])), "f0: expected pitch"),
         (
             {"speaker_embedding_size": 4},

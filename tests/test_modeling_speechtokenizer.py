@@ -155,6 +155,7 @@ def test_encode_says_what_is_wrong(codec, options, message):
         (torch.zeros(1, 4, 5, dtype=torch.long), {}, "got 0 and 4"),
         (torch.zeros(1, 3, 5, dtype=torch.long), {"first_quantizer": 1}, "got 1 and 4"),
         (torch.full((1, 3, 5), 16), {}, r"audio_codes: expected -1..15, got 16..16"),
+        (torch.tensor([[[1, 2, 3], [1, -1, 3]]]), {}, "in all levels of a frame or in none"),
         (torch.zeros(1, 5, dtype=torch.long), {}, r"expected \(batch, quantizers, frames\), got \(1, 5\)"),
         (torch.full((1, 3, 5), -1), {}, "audio_codes: expected at least 1 in every item"),
     ],

@@ -54,7 +54,12 @@ def test_speech_in_speech_out(pipe, recording):
         {"text": "Answer this, this is input:", "units": units.tolist()},
     ):
         assert pipe(other, **GREEDY)["raw"] == result["raw"]
-    assert pipe(samples, sampling_rate=16000, **GREEDY)["raw"] == pipe(str(recording), **GREEDY)["raw"]
+    alone = pipe(str(recording), **GREEDY)["raw"]
+    assert pipe(samples, sampling_rate=16000, **GREEDY)["raw"] == alone
+    assert [one["raw"] for one in pipe([samples, samples], sampling_rate=16000, **GREEDY)] == [alone, alone]
+    for row in ({"array": samples, "sampling_rate": 16000}, {"path": str(recording)}, {"units": units}):
+        assert pipe({**row}, history=None, **GREEDY)["raw"] == alone
+    assert pipe([], **GREEDY) == []
 
 
 def test_batch_is_one_by_one(pipe, recording):

@@ -200,6 +200,19 @@ def test_units_instead_of_audio(processor):
     assert f"This is a speech instruction: {ASKED}. And your response should be speech." in prompts[0]
     assert f"instruction: Write, this is input:{ASKED}. And" in prompts[1]
     assert "response should be text" in processor.prompts(units=[1], output="text", style="paper")[0]
+    for one in (torch.tensor([26, 5]), np.array([26, 5]), [np.int64(26), np.int64(5)]):
+        assert processor.prompts(units=one) == processor.prompts(units=[26, 5])
+    both = processor.prompts(units=[[26, 5], [7]])
+    for rows in (torch.tensor([[26, 5], [7, -1]]), np.array([[26, 5], [7, -1]]), [torch.tensor([26, 5]), [7]]):
+        assert processor.prompts(units=rows) == both
+    assert processor.prompts("hello", history=None) == processor.prompts("hello")
+
+
+def test_numbers_that_are_no_units(processor):
+    """A year in brackets, and digits of another script."""
+    answer = processor.parse("[ta] in <2024>, <\u0661\u0662>; [ua] <sosp><1><2><eosp><eoa>")
+    assert answer.units == [1, 2]
+    assert parse_answer("[ua] <2024><1>").units == [2024, 1]  # the parser alone does not know the vocabulary
 
 
 def test_audio_of_every_kind_gives_the_same_units(tmp_path, processor):
@@ -235,6 +248,8 @@ def test_unusable_questions_are_refused(processor):
         ({"audio": "no.wav", "units_model": build_units()}, AudioError, "no such file"),
         ({"audio": np.zeros(9), "units": [1]}, ValueError, "units"),
         ({"text": ["a", "b"], "units": [[1]]}, ValueError, "text"),
+        ({"text": []}, ValueError, "at least one question"),
+        ({"units": []}, ValueError, "at least one question"),
     ):
         with pytest.raises(error, match=message):
             processor(**arguments)

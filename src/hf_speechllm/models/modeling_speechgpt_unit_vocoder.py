@@ -12,6 +12,7 @@ does alone; durations may be given; a unit, speaker, style or bin that does not 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +217,7 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         units: Sequence[str | Sequence[int] | Tensor],
         speaker: str | int | Sequence[str | int] | None = None,
         style: str | int | Sequence[str | int] | None = None,
+        durations: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
         **options,
     ) -> list[Tensor]:
         """Waveforms of utterances, in one batch.
@@ -223,6 +225,7 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         Args:
             units: strings such as `<sosp><12><7><eosp>`, or ids.
             speaker, style: names or numbers, one for all or one for each.
+            durations: frames of each unit of each utterance, e.g. those of `speechgpt_units`; default: predicted.
             options: of [`forward`], e.g. `predict_durations=False` for one unit per frame.
 
         Returns:
@@ -238,6 +241,14 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         if not rows:
             return []
         unit_ids = pad_sequence(rows, batch_first=True, padding_value=-1)
+        if durations is not None:
+            frames = [torch.as_tensor(row, dtype=torch.long).flatten() for row in durations]
+            if [len(row) for row in frames] != [len(row) for row in rows]:
+                raise ValueError(
+                    f"durations: expected one for each of {[len(row) for row in rows]} units, got "
+                    f"{[len(row) for row in frames]}"
+                )
+            options["durations"] = pad_sequence(frames, batch_first=True)
         options |= self._voice_numbers(speaker, style, len(rows))
         output = self(unit_ids, return_dict=True, **options)
         return [wave[:length].float() for wave, length in zip(output.waveform, output.lengths.tolist(), strict=True)]
@@ -247,6 +258,7 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         units: str | Sequence[int] | Tensor,
         speaker: str | int | None = None,
         style: str | int | None = None,
+        durations: Sequence[int] | Tensor | None = None,
         **options,
     ) -> Tensor:
         """Waveform `(samples,)` of one utterance; see [`synthesize_batch`].
@@ -257,7 +269,8 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         >>> waveform = model.synthesize("<sosp><189><63><991><eosp>")
         ```
         """
-        return self.synthesize_batch([units], speaker, style, **options)[0]
+        durations = None if durations is None else [durations]
+        return self.synthesize_batch([units], speaker, style, durations, **options)[0]
 
     def start_stream(
         self, speaker: str | int | None = None, style: str | int | None = None, **options
@@ -412,13 +425,15 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
 
     @staticmethod
     def _numbers_of(values: str | int | Sequence[str | int], names: list[str] | None, kind: str, count: int) -> Tensor:
-        rows = [values] * count if isinstance(values, str | int) else list(values)
+        is_one = isinstance(values, str | Integral) or (isinstance(values, Tensor) and values.dim() == 0)
+        rows = [values] * count if is_one else list(values)
         if len(rows) != count:
             raise ValueError(f"{kind}: expected one, or one for each of {count} utterances, got {len(rows)}")
         for value in rows:
-            if isinstance(value, str) and value not in (names or []):
+            is_number = isinstance(value, Integral | Tensor)
+            if not is_number and value not in (names or []):
                 raise ValueError(f"{kind}: expected a number or one of {names}, got {value!r}")
-        return torch.tensor([names.index(value) if isinstance(value, str) else value for value in rows])
+        return torch.tensor([names.index(value) if isinstance(value, str) else int(value) for value in rows])
 
     # -- generator ---------------------------------------------------------------------------------------------------
     def _generate(self, frames: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,8 @@ class SpeechTokenizerModel(PreTrainedAudioTokenizerBase):
         Returns:
             float32 `(b, frames, hidden_size)`, 0 where the codes are -1.
         Raises:
-            ValueError: another shape, levels that are not there, or codes outside of the codebook.
+            ValueError: another shape, levels that are not there, codes outside of the codebook, or padding in some
+                levels of a frame only.
         """
         if audio_codes.dim() != 3:
             raise ValueError(f"audio_codes: expected (batch, quantizers, frames), got {tuple(audio_codes.shape)}")
@@ -238,6 +239,8 @@ class SpeechTokenizerModel(PreTrainedAudioTokenizerBase):
             raise ValueError(
                 f"audio_codes: expected -1..{size - 1}, got {int(audio_codes.min())}..{int(audio_codes.max())}"
             )
+        if not bool(((audio_codes >= 0) == (audio_codes[:, :1] >= 0)).all()):
+            raise ValueError("audio_codes: expected padding (-1) in all levels of a frame or in none")
         quantized = self.quantizer.decode(audio_codes.clamp_min(0).transpose(0, 1), first_quantizer)
         return quantized * (audio_codes[:, 0] >= 0)[..., None]
 

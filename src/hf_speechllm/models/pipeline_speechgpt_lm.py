@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from .answers_speechgpt_lm import split_answer
+from .audio_input import AUDIO_KEYS
 from .greedy_text import GreedyText
 from .prompts_speechgpt_lm import Modality, SpeechGptTurn, Style
 from .streaming_speechgpt_lm import SpeechGptPiece, TextPieces, UnitStreamer
@@ -45,8 +46,9 @@ class SpeechGptPipeline(Pipeline):
     r"""Question in, answer out, in text and speech.
 
     Inputs of a call, alone or in a list: a text; a text in which the path of a recording stands behind `is input:`, or
-    that is a path; a dictionary with one or several of `text` (instruction or question), `audio` (see
-    [`SpeechGptProcessor.read_audio`]) with `sampling_rate`, `units`, `history`.
+    that is a path; an array with the option `sampling_rate`; a row of a data set (`array` or `raw` with
+    `sampling_rate`, `bytes`, `path`); a dictionary with one or several of `text` (instruction or question), `audio`
+    (see [`SpeechGptProcessor.read_audio`]) with `sampling_rate`, `units`, `history`.
 
     Options of a call or of the constructor:
         units (model or folder): turns recordings into units; needed for audio.
@@ -124,13 +126,15 @@ class SpeechGptPipeline(Pipeline):
         units: Any = None,
         output: Modality = "speech",
         style: Style | None = None,
-        history: str | Sequence[SpeechGptTurn] = (),
+        history: str | Sequence[SpeechGptTurn] | None = None,
         read_paths: bool = True,
     ) -> dict[str, Any]:
         """Prompt of one question as ids `(1, tokens)`."""
         question = {"text": inputs} if isinstance(inputs, str) else inputs
         if not isinstance(question, dict):
             question = {"audio": inputs}
+        if not question.keys().isdisjoint(AUDIO_KEYS[:-1]):
+            question = {"audio": question}  # as data sets give it
         unknown = set(question) - {"text", "audio", "sampling_rate", "units", "history"}
         if unknown:
             raise ValueError(f"inputs: expected text, audio, sampling_rate, units, history; got {sorted(unknown)}")
@@ -266,8 +270,14 @@ class SpeechGptPipeline(Pipeline):
             yield SpeechGptPiece(audio=speaker.push(waiting, is_last=True))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(inputs, np.ndarray | torch.Tensor):
-            inputs = {"audio": inputs, "sampling_rate": kwargs.pop("sampling_rate", None)}
+        rate = kwargs.pop("sampling_rate", None)
+
+        def with_rate(item: Any) -> Any:
+            return {"audio": item, "sampling_rate": rate} if isinstance(item, np.ndarray | torch.Tensor) else item
+
+        if isinstance(inputs, list) and not inputs:
+            return []
+        inputs = [with_rate(item) for item in inputs] if isinstance(inputs, list) else with_rate(inputs)
         return super().__call__(inputs, **kwargs)
 
 

@@ -3,9 +3,11 @@
 It owns a tokenizer and the templates, and no model: the one that turns recordings into units is given to a call.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +29,7 @@ from .prompts_speechgpt_lm import (
 )
 from .resampling import resample
 from .unit_string import unit_string
+from .unit_tokens import unit_token
 
 
 TEMPLATE_NAMES = ("SpeechGPT", *TEMPLATES)
@@ -67,11 +70,11 @@ class SpeechGptProcessor(ProcessorMixin):
         text: str | Sequence[str | None] | None = None,
         audio: Any = None,
         sampling_rate: int | None = None,
-        units: Sequence[int] | str | Sequence[Sequence[int] | str] | None = None,
+        units: Sequence[int] | str | Sequence[Sequence[int] | str] | Tensor | np.ndarray | None = None,
         units_model: PreTrainedModel | None = None,
         output: Modality = "speech",
         style: Style | None = None,
-        history: str | Sequence[SpeechGptTurn] = (),
+        history: str | Sequence[SpeechGptTurn] | None = None,
         read_paths: bool = False,
         padding: bool = True,
         return_tensors: str | None = "pt",
@@ -83,7 +86,8 @@ class SpeechGptProcessor(ProcessorMixin):
             text: the question; or the instruction, where there is a recording as well.
             audio: the recording: see [`read_audio`]; a list for several questions. It needs `units_model`.
             sampling_rate: Hz, of arrays in `audio`.
-            units: the recording as units or as their string, instead of `audio`.
+            units: the recording as units or as their string, instead of `audio`; of several questions a list, or
+                `(questions, units)` with negative ids as padding.
             units_model: a model with `encode`; its `reduced_ids` are what SpeechGPT reads, its first codebook what
                 AnyGPT reads.
             output: the modality of the answer. Only the paper's style tells it to the model.
@@ -96,7 +100,8 @@ class SpeechGptProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` `(batch, tokens)`, int64, 1 = real, padded on the left.
 
         Raises:
-            ValueError: neither text nor recording, lists of different lengths, or no `units_model` for audio.
+            ValueError: no question, neither text nor recording, lists of different lengths, or no `units_model` for
+                audio.
             AudioError: audio that cannot be read.
         """
         prompts = self.prompts(
@@ -112,22 +117,24 @@ class SpeechGptProcessor(ProcessorMixin):
         text: str | Sequence[str | None] | None = None,
         audio: Any = None,
         sampling_rate: int | None = None,
-        units: Sequence[int] | str | Sequence[Sequence[int] | str] | None = None,
+        units: Sequence[int] | str | Sequence[Sequence[int] | str] | Tensor | np.ndarray | None = None,
         units_model: PreTrainedModel | None = None,
         output: Modality = "speech",
         style: Style | None = None,
-        history: str | Sequence[SpeechGptTurn] = (),
+        history: str | Sequence[SpeechGptTurn] | None = None,
         read_paths: bool = False,
     ) -> list[str]:
         """The prompts that [`__call__`] turns into ids; its arguments are explained there."""
         texts = [text] if text is None or isinstance(text, str) else list(text)
+        if isinstance(units, Tensor | np.ndarray):
+            units = units.tolist()
         if audio is not None:
             if units is not None:
                 raise ValueError("units: expected audio or units, got both")
             spoken = self.encode_audio(audio if isinstance(audio, list) else [audio], units_model, sampling_rate)
         elif units is None:
             spoken = [None] * len(texts)
-        elif isinstance(units, str) or (len(units) and isinstance(units[0], int)):
+        elif isinstance(units, str) or (len(units) and isinstance(units[0], int | np.integer)):
             spoken = [self.unit_string(units)]
         else:
             spoken = [self.unit_string(row) for row in units]
@@ -135,6 +142,8 @@ class SpeechGptProcessor(ProcessorMixin):
             texts = [None] * len(spoken)
         if len(texts) != len(spoken):
             raise ValueError(f"text: expected one for each of {len(spoken)} recordings, got {len(texts)}")
+        if not texts:
+            raise ValueError("processor: expected at least one question, got an empty list")
         prompts = []
         for words, said in zip(texts, spoken, strict=True):
             is_spoken = said is not None
@@ -143,7 +152,7 @@ class SpeechGptProcessor(ProcessorMixin):
                 is_spoken = is_spoken or words != typed
             if words is None and said is None:
                 raise ValueError("processor: expected text, audio or units for every question")
-            prompts.append(self._prompt(words, said, is_spoken, output, style or self.style, history))
+            prompts.append(self._prompt(words, said, is_spoken, output, style or self.style, history or ()))
         return prompts
 
     def _prompt(
@@ -211,8 +220,16 @@ class SpeechGptProcessor(ProcessorMixin):
     # -- answers -----------------------------------------------------------------------------------------------------
     def parse(self, text: str, prompt: str | None = None) -> SpeechGptAnswer | AnyGptAnswer:
         """The last answer in a decoded text, or the one with which `text` goes on after `prompt`; see
-        [`parse_answer`]."""
-        return parse_answer(text, prompt) if self.template == "SpeechGPT" else parse_reply(text)
+        [`parse_answer`]. Its units are those for which the tokenizer has a token: `<2024>` in a text may be a year."""
+        if self.template != "SpeechGPT":
+            return parse_reply(text)
+        answer = parse_answer(text, prompt)
+        return dataclasses.replace(answer, units=[unit for unit in answer.units if self._has_unit(unit)])
+
+    def _has_unit(self, unit: int) -> bool:
+        token = unit_token(unit)
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        return index is not None and self.tokenizer.convert_ids_to_tokens(index) == token
 
     def decode(self, token_ids: Tensor | Sequence[int], skip_special_tokens: bool = True, **kwargs) -> str:
         """Text of one sequence of ids."""

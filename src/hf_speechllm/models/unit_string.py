@@ -12,7 +12,7 @@ from torch import Tensor
 START_OF_SPEECH = "<sosp>"
 END_OF_SPEECH = "<eosp>"
 
-_UNIT = re.compile(r"<(\d{1,9})>")
+_UNIT = re.compile(r"<(\d{1,9})>", re.ASCII)
 
 
 def unit_string(unit_ids: Iterable[int] | Tensor, start: str = START_OF_SPEECH, end: str = END_OF_SPEECH) -> str:
