@@ -109,7 +109,11 @@ def base_model(folder: Path) -> None:
 
 
 def train(recipe: Path, output: Path, *options: str, processes: int = 2) -> Path:
-    """Run `train_asr.py` in its own processes; a run that hangs is killed with its children."""
+    return launch(output, "train_asr", str(recipe), *options, processes=processes)
+
+
+def launch(output: Path, script: str, *options: str, processes: int = 2) -> Path:
+    """Run a script of `training/` in its own processes; a run that hangs is killed with its children."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as probe:
@@ -117,7 +121,7 @@ def train(recipe: Path, output: Path, *options: str, processes: int = 2) -> Path
             port = probe.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
         launcher += [f"--master_port={port}"]
-    command = [*launcher, str(TESTS / "zero_worker.py"), str(recipe), "--output_dir", str(output), *options]
+    command = [*launcher, str(TESTS / "zero_worker.py"), script, *options, "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
     with open(f"{output}.log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

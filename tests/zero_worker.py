@@ -1,8 +1,10 @@
-"""`training/train_asr.py` with DeepSpeed's shared-memory all-reduce left out: it would be compiled on the first use.
+"""A script of `training/`, by its name, with DeepSpeed's shared-memory all-reduce left out, which would be compiled.
 
-Run by `test_zero.py`, once per process. The all-reduce then goes through gloo like all other traffic.
+Run by `test_zero.py` and `test_zero_unit_lm.py`, once per process. The all-reduce then goes through gloo like all
+other traffic.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,8 +18,7 @@ if any("deepspeed" in argument for argument in sys.argv):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
 import torch  # noqa: E402
-import train_asr  # noqa: E402
 
 
 torch.set_num_threads(1)
-train_asr.main(sys.argv[1:])
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.speech_preferences import SpeechDpoTrainer
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import save_merged
+    from hf_speechllm.train.zero import count_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(DPOConfig)] + ["resume"]
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if run.lora.rank > 0:
         lora = run.lora
         adapter = lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.modules_to_save)
-    sizes = {"pairs": len(train_set), "parameters": model.num_parameters()}
+    sizes = {"pairs": len(train_set), "parameters": count_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = SpeechDpoTrainer(
         model=model,

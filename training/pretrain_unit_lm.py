@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.run_config import load_run_config
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import SFT_DEFAULTS, UnitLmRunConfig, load_unit_lm, read_rows
+    from hf_speechllm.train.zero import count_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(SFTConfig)] + ["resume"]
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
     train_set = blocks(run.data.train)
     eval_set = blocks(run.data.validation) if run.data.validation else None
-    sizes = {"blocks": len(train_set), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+    sizes = {"blocks": len(train_set), "parameters": count_parameters(model), "vocabulary": len(tokenizer)}
     print(json.dumps(sizes), flush=True)
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
         read_rows,
         save_merged,
     )
+    from hf_speechllm.train.zero import count_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(SFTConfig)] + ["resume"]
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     if run.lora.rank > 0:
         lora = run.lora
         adapter = unit_lm_lora_config(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rows)
-    sizes = {"examples": len(train_set), "parameters": model.num_parameters()}
+    sizes = {"examples": len(train_set), "parameters": count_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = SFTTrainer(
         model=model,

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.run_config import RunConfigError, load_run_config
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import read_rows, save_merged
+    from hf_speechllm.train.zero import count_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(TrainingArguments)] + ["resume"]
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         "examples": len(pairs),
         "left_out": dropped,
         "hours": round(seconds_of_speech(pairs) / 3600, 3),
-        "parameters": model.num_parameters(),
+        "parameters": count_parameters(model),
     }
     print(json.dumps(sizes), flush=True)
     config = model.config

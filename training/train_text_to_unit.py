@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.text_tokenizer import train_byte_bpe
     from hf_speechllm.train.unit_lm_run import UnitLmRunConfig, read_rows
     from hf_speechllm.train.unit_vocabulary import add_unit_tokens
+    from hf_speechllm.train.zero import count_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(Seq2SeqTrainingArguments)] + ["resume"]
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     train_set = examples(train_rows)
     validation = list(read_rows(run.data.validation, run.data.data_dir))
     eval_set = examples(validation) if validation else None
-    sizes = {"examples": len(train_set), "parameters": model.num_parameters()}
+    sizes = {"examples": len(train_set), "parameters": count_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = Seq2SeqTrainer(
         model=model,

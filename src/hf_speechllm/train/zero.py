@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -25,3 +26,9 @@ def whole_parameters(model: nn.Module, modified: bool = False) -> Iterator[None]
 
     with GatheredParameters(shared_out, modifier_rank=0 if modified else None):
         yield
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """`model.num_parameters()`, with those that ZeRO-3 has shared out, which look empty."""
+    shared_out = sum(parameter.ds_numel for parameter in model.parameters() if hasattr(parameter, "ds_id"))
+    return model.num_parameters() + shared_out
