@@ -22,7 +22,7 @@ import evaluate_tts  # noqa: E402
 from hf_speechllm.audio import load_audio  # noqa: E402
 from hf_speechllm.data.manifests import ManifestError, read_manifest  # noqa: E402
 from hf_speechllm.eval.listening import listen  # noqa: E402
-from hf_speechllm.eval.speech_synthesis import synthesize  # noqa: E402
+from hf_speechllm.eval.speech_synthesis import speak_tokens, synthesize  # noqa: E402
 
 
 RECOGNISER = ROOT / "pretrained" / "u2pp_moe_digits"
@@ -163,6 +163,14 @@ def test_requests_of_several_sentences_and_voices(folder):
     torch.testing.assert_close(together.waveforms[0], torch.cat(pieces), rtol=0, atol=1e-4)
     last = synthesize(model, processor, requests[2:], seed=3 + len(sentences), **LIMITS)
     torch.testing.assert_close(together.waveforms[2], last.waveforms[0], rtol=0, atol=1e-4)
+
+    # The tokens alone are those that were spoken.
+    limits = {name: value for name, value in LIMITS.items() if name != "num_steps"}
+    tokens = speak_tokens(model, processor, requests, seed=3, batch_size=2, **limits)
+    assert [len(row) > 0 for row in tokens] == [True, False, True] and tokens[1].dtype == torch.long
+    inputs = processor(**requests[2])
+    generator = torch.Generator().manual_seed(3 + len(sentences))
+    assert torch.equal(tokens[2], model.generate(**inputs, generator=[generator], **LIMITS).speech_ids[0])
 
 
 def test_the_listener_understands_digits():

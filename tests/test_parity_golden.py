@@ -209,3 +209,18 @@ def test_cases_that_cannot_run_fail_and_the_others_still_run(tmp_path):
     assert status == 1
     assert [line["case"] for line in lines[:-1]] == ["final.pt", "io.safetensors", "case.json"]
     assert failed_names(lines) == ["run"] * 3 and lines[-1] == {"total": 3, "passed": 0, "failed": 3}
+
+
+def test_a_case_of_an_unknown_family_is_counted_and_the_others_still_run(tmp_path):
+    """The unknown one is a copy of a case with another family; it comes first, and what follows is checked."""
+    unknown, known = tmp_path / "unknown", "vocoder_expresso_spk_style"
+    shutil.copytree(SPEECHGPT / known, unknown)
+    edit_facts(unknown, lambda facts: facts.update(family="telepathy"))
+    status, lines, errors = check_parity(unknown, SPEECHGPT / known)
+    assert status == 1, errors
+    first, *values, total = lines
+    assert first.keys() == {"case", "error"} and first["case"] == "unknown"
+    assert first["error"].startswith("family: expected one of [") and first["error"].endswith("got 'telepathy'")
+    count = SPEECHGPT_CASES[known]
+    assert len(values) == count and all(line["case"] == known and line["pass"] is True for line in values)
+    assert total == {"total": count, "passed": count, "failed": 0, "unsupported": 1}

@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_speechgpt_units import tiny_units
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -23,7 +24,11 @@ import pretrain_unit_lm  # noqa: E402
 import sft_unit_lm  # noqa: E402
 import train_text_to_unit  # noqa: E402
 
+from hf_speechllm.audio import resample  # noqa: E402
+from hf_speechllm.cosyvoice_units import CosyVoiceUnits  # noqa: E402
 from hf_speechllm.data.text_to_unit import speak_texts  # noqa: E402
+from hf_speechllm.eval.speech_synthesis import synthesize  # noqa: E402
+from hf_speechllm.models.answers_speechgpt_lm import parse_answer  # noqa: E402
 from hf_speechllm.models.modeling_speechgpt_lm import SpeechGptForCausalLM  # noqa: E402
 from hf_speechllm.train import unit_lm_run  # noqa: E402
 from hf_speechllm.train.run_config import RunConfigError, load_run_config  # noqa: E402
@@ -31,6 +36,7 @@ from hf_speechllm.train.unit_lm_run import UnitLmRunConfig  # noqa: E402
 
 
 RECIPES = sorted((ROOT / "training" / "recipes" / "speechgpt_lm").glob("*.yaml"))
+COSYVOICE = ROOT / "pretrained" / "cosyvoice_digits"
 WORDS = ("one", "two", "three")
 NUM_UNITS = 12
 MODEL = {
@@ -231,6 +237,84 @@ class TestTextToUnit:
             ["chain", "--questions", str(data / "questions.parquet"), "--text_to_unit", str(run), str(folder)]
         )
         assert len(Dataset.from_parquet(str(folder / "data" / "train.parquet"))) == 24
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Two different answers, one of them twice, one without words, and one that is too long."""
+    answers = ("two", "three one", "two", "...", " ".join(["one"] * 35))
+    rows = [
+        {"key": f"k{index}", "text": "one", "units": [1, 2], "answer_text": answer}
+        for index, answer in enumerate(answers)
+    ]
+    path = tmp_path_factory.mktemp("questions") / "questions.parquet"
+    Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+class TestSynthesiser:
+    """Answers that a CosyVoice speaks."""
+
+    def build(self, questions: Path, folder: Path, *options: str) -> dict[str, list[int]]:
+        """Units of the answer to each key."""
+        required = ["--questions", str(questions), "--synthesiser", str(COSYVOICE), "--speaker", "jackson"]
+        build_speech_instruct.main(
+            ["chain", *required, "--formats", "text_to_speech", "--style", "released", *options, str(folder)]
+        )
+        rows = Dataset.from_parquet(str(folder / "data" / "train.parquet"))
+        return {row["key"]: list(parse_answer(row["plain_text"]).units) for row in rows}
+
+    def test_units_are_the_speech_tokens_of_the_language_model(self, questions, tmp_path):
+        found = self.build(questions, tmp_path / "first")
+        # An answer without words and one that is too long are left out.
+        assert sorted(found) == ["k0", "k1", "k2"]
+        voice = CosyVoiceUnits.from_pretrained(COSYVOICE)
+        codebook = voice.config.speech_tokenizer_config.codebook_size
+        assert all(units and 0 <= min(units) and max(units) < codebook for units in found.values())
+        assert found["k0"] == found["k2"] != found["k1"]
+        inputs = voice.processor("two", speaker="jackson")
+        output = voice.model.generate(**inputs, generator=[torch.Generator().manual_seed(0)])
+        assert found["k0"] == output.speech_ids[0].tolist()
+        again, other = (self.build(questions, tmp_path / seed, "--seed", seed) for seed in ("0", "1"))
+        written = [(tmp_path / name / "data" / "train.parquet").read_bytes() for name in ("first", "0")]
+        assert again == found != other and written[0] == written[1]
+
+    def test_units_of_the_sound(self, questions, tmp_path):
+        model = tiny_units()
+        model.save_pretrained(tmp_path / "units")
+        found = self.build(questions, tmp_path / "chain", "--units_model", str(tmp_path / "units"))
+        assert sorted(found) == ["k0", "k1", "k2"]
+        voice = CosyVoiceUnits.from_pretrained(COSYVOICE)
+        requests = [{"text": text, "speaker": "jackson"} for text in ("two", "three one")]
+        spoken = synthesize(voice.model, voice.processor, requests).waveforms
+        for key, waveform in zip(("k0", "k1"), spoken, strict=True):
+            heard = resample(waveform, voice.config.sampling_rate, model.config.sampling_rate)
+            output = model.encode(heard[None])
+            assert found[key] == output.reduced_ids[0, : output.reduced_lengths[0]].tolist()
+        assert found["k2"] == found["k0"]
+        assert self.build(questions, tmp_path / "again", "--units_model", str(tmp_path / "units")) == found
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ([], "one of the arguments --answers --text_to_unit --synthesiser is required"),
+            (["--synthesiser", "x", "--text_to_unit", "y"], "--text_to_unit: not allowed with argument --synthesiser"),
+            (["--answers", "a", "--synthesiser", "x"], "argument --synthesiser: not allowed with argument --answers"),
+            (["--synthesiser", "x"], "--synthesiser: expected --speaker as well"),
+            (["--answers", "a", "--speaker", "x"], "--speaker: expected --synthesiser as well"),
+            (["--text_to_unit", "a", "--units_model", "x"], "--units_model: expected --synthesiser as well"),
+            (["--synthesiser", str(COSYVOICE), "--speaker", "x"], "--speaker: expected one of ['george', 'jackson', "),
+            (
+                ["--synthesiser", str(COSYVOICE), "--speaker", "lucas", "--units_model", str(COSYVOICE)],
+                "--units_model: expected a speechgpt_units model, got one of the type 'cosyvoice'",
+            ),
+        ],
+    )
+    def test_wrong_combinations_are_refused(self, questions, tmp_path, capsys, options, message):
+        with pytest.raises(SystemExit):
+            build_speech_instruct.main(["chain", str(tmp_path), "--questions", str(questions), *options])
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 class TestRecipes:
