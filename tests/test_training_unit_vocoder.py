@@ -10,13 +10,15 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from tiny_speechgpt_units import BASE, GENERATOR, tiny_units
+from tiny_speechgpt_units import BASE, GENERATOR, tiny_units, tiny_vocoder
 from transformers import AutoFeatureExtractor, AutoModel, HubertConfig, HubertForCTC, Wav2Vec2FeatureExtractor
 
 from hf_speechllm.data.manifests import read_manifest
 from hf_speechllm.data.unit_crops import UnitCropDataset, UnitUtterance, collate_unit_crops
 from hf_speechllm.data.waveform_batches import waveform_batches
+from hf_speechllm.models.pitch_scale import PitchScale
 from hf_speechllm.train.kmeans import fit_kmeans, nearest_centres
+from hf_speechllm.train.pitch import track_pitch
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +86,7 @@ def test_points_that_cannot_be_divided():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Twelve clips of two speakers, the ninth very short."""
+    """Twelve clips of two speakers and two styles, the ninth very short."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     rows = []
@@ -92,7 +94,8 @@ def data(tmp_path_factory) -> Path:
         samples = 900 if number == 8 else 4000 + 700 * number
         tone = np.sin(np.arange(samples) * 0.05 * (1 + number % 5)) * (np.arange(samples) // 900 % 2)
         soundfile.write(folder / f"{number}.wav", 0.3 * tone + 0.02 * rng.standard_normal(samples), 16000)
-        rows.append({"file_name": f"{number}.wav", "transcription": "x", "speaker": "ab"[number % 2]})
+        row = {"file_name": f"{number}.wav", "transcription": "x", "speaker": "ab"[number % 2]}
+        rows.append(row | {"style": "loud" if number % 3 == 0 else "calm"})
     with (folder / "metadata.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -153,6 +156,41 @@ def test_short_recordings_go_on_with_their_speaker(data):
     assert batch["unit_ids"].shape == (2, 40) and batch["duration_labels"].tolist() == [[12], [12]]
     with pytest.raises(ValueError, match="expected at least one of 1 recordings"):
         UnitCropDataset([UnitUtterance(utterances[0].utterance, torch.empty(0, dtype=torch.long))], 4)
+
+
+def test_short_recordings_go_on_with_their_style(data):
+    utterances = [
+        UnitUtterance(item, torch.full((12,), number), 0, number % 2)
+        for number, item in enumerate(read_manifest(data)[:4])
+    ]
+    crops = [UnitCropDataset(utterances, crop_frames=40)[(epoch, 1)] for epoch in range(8)]
+    assert {unit for crop in crops for unit in crop["unit_ids"].tolist()} == {1, 3}
+    assert collate_unit_crops(crops[:2])["style_id"].tolist() == [1, 1] and "f0" not in crops[0]
+
+
+def test_pitch_becomes_bins_or_octaves():
+    hz = torch.tensor([[0.0, 50.0, 100.0, 199.0], [201.0, 400.0, 799.0, 1000.0]])
+    bins = PitchScale(100.0, 800.0, num_bins=4).encode(hz)
+    assert bins.dtype == torch.int64 and bins.tolist() == [[0, 1, 1, 1], [2, 3, 3, 3]]
+    octaves = PitchScale(100.0, 800.0).encode(torch.tensor([0.0, 50.0, 100.0, 200.0, 400.0, 1000.0]))
+    assert octaves.dtype == torch.float32 and octaves.tolist() == pytest.approx([0, 1, 1, 2, 3, 4])
+
+
+def test_crops_are_aligned_with_their_pitch(data):
+    """A glide, whose pitch tells the frame; a unit says the number of its frame."""
+    utterances = [UnitUtterance(read_manifest(data)[0], torch.arange(50))]
+    scale = PitchScale(65.0, 800.0, num_bins=40)
+    dataset = UnitCropDataset(utterances, crop_frames=6, gain_db=(-20.0, 0.0), pitch_scale=scale)
+    phase = np.cumsum(np.linspace(100, 400, 50 * 320)) / 16000
+    dataset._waveforms[0] = (0.5 * np.sin(2 * np.pi * phase)).astype(np.float32)
+    expected = scale.encode(track_pitch(torch.from_numpy(dataset._waveforms[0])[None], 16000, 320)[0])
+    # The middle of a frame, away from the ends of the recording.
+    heard = scale.encode(torch.linspace(100, 400, 50 * 320)[160::320])
+    assert (expected - heard)[3:-3].abs().max() <= 1 and len(expected.unique()) > 15
+    for epoch in range(5):
+        crop = dataset[(epoch, 0)]
+        assert torch.equal(crop["f0"], expected[crop["unit_ids"]])
+    assert collate_unit_crops([crop, crop])["f0"].shape == (2, 6)
 
 
 def test_units_are_kept(data, units_folder, tmp_path, monkeypatch):
@@ -220,11 +258,12 @@ def test_frames_are_drawn_uniformly(data):
     assert len(set(places.tolist())) == 60 and places.float().mean() == pytest.approx(len(everything) / 2, rel=0.25)
 
 
-def vocoder_options(data: Path, units_folder: Path, output: Path, *more: str) -> list[str]:
+def vocoder_options(data: Path, units_folder: Path, output: Path, *more: str, **fields: object) -> list[str]:
     config = {
         "embedding_size": 8,
         "duration_hidden_size": 8,
         "hifigan_config": {**GENERATOR, "upsample_initial_channel": 32, "initializer_range": 0.05},
+        **fields,
     }
     source = f"[{{path: {data}}}]"
     options = {
@@ -250,6 +289,10 @@ def vocoder_options(data: Path, units_folder: Path, output: Path, *more: str) ->
     return [part for name, value in options.items() for part in (f"--{name}", str(value))] + list(more)
 
 
+# Loud enough from the first step that twenty teach it what its inputs are.
+LOUD = {**GENERATOR, "upsample_initial_channel": 32, "initializer_range": 0.1}
+
+
 def test_training_a_vocoder(data, units_folder, tmp_path, monkeypatch):
     """It learns, resumes to the same weights, and leaves a model with plain weights that speaks."""
     monkeypatch.syspath_prepend(str(ROOT / "training"))
@@ -271,6 +314,64 @@ def test_training_a_vocoder(data, units_folder, tmp_path, monkeypatch):
     assert AutoModel.from_pretrained(more).config.speakers == ["a", "b"]
 
 
+@pytest.mark.parametrize("num_f0_bins", [8, 0])
+def test_training_with_pitch(data, units_folder, tmp_path, monkeypatch, num_f0_bins):
+    """The pitch of the recordings is learnt from, and what is saved speaks with a pitch in Hz."""
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    run, more = tmp_path / "run", ["--max_steps", "20", "--adversarial_start_step", "16", "--eval_steps", "20"]
+    fields = {"use_f0": True, "num_f0_bins": num_f0_bins, "f0_range": [70.0, 700.0], "hifigan_config": LOUD}
+    train_unit_vocoder.main(vocoder_options(data, units_folder, run, *more, **fields))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    mel = [line["mel"] for line in log if "mel" in line]
+    assert np.isfinite(mel).all() and mel[-1] < 0.8 * mel[0]
+    assert any(np.isfinite(line["eval_mel_l1"]) for line in log if "eval_mel_l1" in line)
+    model = AutoModel.from_pretrained(run)
+    assert model.config.f0_range == [70.0, 700.0] and model.pitch_scale == PitchScale(70.0, 700.0, num_f0_bins)
+    low, high = (model.encode_f0(torch.tensor([[0.0, hz, hz]])) for hz in (100.0, 600.0))
+    spoken = [model.synthesize([1, 2, 3], "a", predict_durations=False, f0=f0) for f0 in (low, high)]
+    assert spoken[0].isfinite().all() and (spoken[0] - spoken[1]).abs().max() > 1e-3
+    again = tmp_path / "again"
+    train_unit_vocoder.main(
+        vocoder_options(data, units_folder, again, "--max_steps", "1", "--model.pretrained", str(run))
+    )
+    assert AutoModel.from_pretrained(again).config.f0_range == [70.0, 700.0]
+
+
+def test_training_with_styles(data, units_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    run = tmp_path / "run"
+    more = ["--max_steps", "20", "--adversarial_start_step", "16", "--eval_steps", "20", "--styles", "true"]
+    train_unit_vocoder.main(vocoder_options(data, units_folder, run, *more, hifigan_config=LOUD))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    mel = [line["mel"] for line in log if "mel" in line]
+    assert np.isfinite(mel).all() and mel[-1] < 0.8 * mel[0]
+    model = AutoModel.from_pretrained(run)
+    assert model.config.styles == ["calm", "loud"] and model.config.speakers == ["a", "b"]
+    calm, loud = (model.synthesize([1, 2, 3], "a", name, predict_durations=False) for name in ("calm", "loud"))
+    assert calm.isfinite().all() and (calm - loud).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_f0": True}, {"use_f0": True, "num_f0_bins": 8}, {"num_styles": 2}, {"speaker_embedding_size": 5}],
+)
+def test_width_of_the_generator(fields):
+    model = train_unit_vocoder.new_model({"embedding_size": 8, "hifigan_config": GENERATOR, **fields}, 15, 16000, None)
+    assert model.config.hifigan_config.model_in_dim == model.config.input_size
+    assert model.config.f0_range == ([65.0, 800.0] if fields.get("use_f0") else None)
+
+
+def test_pitch_that_cannot_be_made():
+    with pytest.raises(ValueError, match="f0_range: expected the lowest and the highest pitch in Hz, got None"):
+        tiny_vocoder(use_f0=True, num_f0_bins=4).encode_f0(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="use_f0: expected true"):
+        tiny_vocoder().encode_f0(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"f0_range: expected .* got \[300, 200\]"):
+        tiny_vocoder(use_f0=True, f0_range=[300, 200])
+    with pytest.raises(ValueError, match="num_f0_bins: expected 0 or at least 2"):
+        tiny_vocoder(use_f0=True, num_f0_bins=1, f0_range=[65.0, 800.0])
+
+
 @pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(data, units_folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "training"))
@@ -290,3 +391,11 @@ def test_speaker_that_the_manifest_does_not_tell(data):
     with pytest.raises(ValueError, match="0.wav: speaker: expected one of .'b'., found 'a'"):
         train_unit_vocoder.unit_utterances(utterances, [torch.zeros(3).long()], ["b"])
     assert train_unit_vocoder.unit_utterances(utterances, [torch.zeros(3).long()], None)[0].speaker_id == 0
+
+
+def test_style_that_the_manifest_does_not_tell(data):
+    utterances = read_manifest(data)[:1]
+    with pytest.raises(ValueError, match="0.wav: style: expected one of .'calm'., found 'loud'"):
+        train_unit_vocoder.unit_utterances(utterances, [torch.zeros(3).long()], None, ["calm"])
+    row = train_unit_vocoder.unit_utterances(utterances, [torch.zeros(3).long()], None, ["calm", "loud"])[0]
+    assert (row.speaker_id, row.style_id) == (0, 1)

@@ -8,6 +8,8 @@ One YAML file describes one run; `--key value` overrides it. Groups: `model` (it
 `SpeechGptUnitVocoderConfig`, or `pretrained` names a vocoder to start from), `data` (sources as in `train_asr.py`;
 their text is not used), `vocoder` (`UnitVocoderArguments` below), `training` (`GanTrainingArguments`). Units come from
 `units_model`, a `speechgpt_units` model; they are computed once, and kept in `units_cache` if that is named.
+With `use_f0` in the `config`, the vocoder also reads the pitch of the recordings, in Hz within `f0_range` (65 to 800
+if that is not named), and with `vocoder.styles` the style, from the column `style` of the manifests.
 `--resume true` goes on from the newest complete checkpoint. The folder `output_dir` receives checkpoints, `log.jsonl`
 and, at its top level, the model that is done.
 """
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from hf_speechllm.data.manifests import Utterance
     from hf_speechllm.data.unit_crops import UnitUtterance
     from hf_speechllm.models.modeling_speechgpt_unit_vocoder import SpeechGptUnitVocoderModel
+    from hf_speechllm.models.pitch_scale import PitchScale
+
+
+# Hz; what `track_pitch` searches if it is not told.
+_F0_RANGE = [65.0, 800.0]
 
 
 @dataclass
@@ -40,6 +47,7 @@ class UnitVocoderArguments:
         units_cache (`str`, *optional*): .safetensors file that keeps the units; used if it fits the data and model.
         batch_seconds (`float`): audio of one batch while units are computed.
         speakers (`bool`): whether the voice is an input: one row per name in the column `speaker` of the manifests.
+        styles (`bool`): whether the style is an input: one row per name in the column `style` of the manifests.
         crop_frames (`int`): frames of a training item.
         gain_db (`list`): range of the random gain of an item, in dB.
         discriminators (`list[str]`), discriminator_shrink (`int`): see `build_discriminators`.
@@ -51,6 +59,7 @@ class UnitVocoderArguments:
     units_cache: str | None = None
     batch_seconds: float = 60.0
     speakers: bool = False
+    styles: bool = False
     crop_frames: int = 28
     gain_db: list[float] = field(default_factory=lambda: [0.0, 0.0])
     discriminators: list[str] = field(default_factory=lambda: ["mpd", "msd"])
@@ -108,13 +117,21 @@ def frame_units(
     return rows
 
 
+def style_of(utterance: "Utterance") -> str | None:
+    """What the column `style` of the manifest says."""
+    return utterance.columns.get("style") or None
+
+
 def unit_utterances(
-    utterances: "Sequence[Utterance]", units: "Sequence[Tensor]", speakers: "Sequence[str] | None"
+    utterances: "Sequence[Utterance]",
+    units: "Sequence[Tensor]",
+    speakers: "Sequence[str] | None",
+    styles: "Sequence[str] | None" = None,
 ) -> "list[UnitUtterance]":
-    """Utterances with their units and the number of their speaker.
+    """Utterances with their units and the numbers of their speaker and style.
 
     Raises:
-        ValueError: an utterance whose speaker is missing or not among `speakers`.
+        ValueError: an utterance whose speaker is missing or not among `speakers`, or its style not among `styles`.
     """
     from hf_speechllm.data.unit_crops import UnitUtterance
 
@@ -122,12 +139,20 @@ def unit_utterances(
     for item, ids in zip(utterances, units, strict=True):
         if speakers is not None and item.speaker not in speakers:
             raise ValueError(f"{item.key}: speaker: expected one of {list(speakers)}, found {item.speaker!r}")
-        rows.append(UnitUtterance(item, ids, 0 if speakers is None else speakers.index(item.speaker)))
+        style = style_of(item)
+        if styles is not None and style not in styles:
+            raise ValueError(f"{item.key}: style: expected one of {list(styles)}, found {style!r}")
+        speaker_id = 0 if speakers is None else speakers.index(item.speaker)
+        rows.append(UnitUtterance(item, ids, speaker_id, 0 if styles is None else styles.index(style)))
     return rows
 
 
 def new_model(
-    fields: dict[str, Any], num_units: int, sampling_rate: int, speakers: "Sequence[str] | None"
+    fields: dict[str, Any],
+    num_units: int,
+    sampling_rate: int,
+    speakers: "Sequence[str] | None",
+    styles: "Sequence[str] | None" = None,
 ) -> "SpeechGptUnitVocoderModel":
     """A new vocoder of these configuration fields, with its generator's weights as direction and length."""
     from hf_speechllm.models.configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
@@ -136,12 +161,15 @@ def new_model(
     fields = {"num_units": num_units, "sampling_rate": sampling_rate, "weight_norm": True} | fields
     if speakers is not None:
         fields |= {"num_speakers": len(speakers), "speakers": list(speakers)}
+    if styles is not None:
+        fields |= {"num_styles": len(styles), "styles": list(styles)}
+    if fields.get("use_f0"):
+        fields = {"f0_range": _F0_RANGE} | fields
     if "hifigan_config" in fields:
         # The width of what enters is the sum of the embeddings, which a recipe need not work out.
-        voices = bool(fields.get("num_speakers") or fields.get("speaker_embedding_size"))
-        width = fields.get("embedding_size", 128) * (1 + voices + bool(fields.get("num_styles")))
+        inputs = {name: value for name, value in fields.items() if name != "hifigan_config"}
         fields["hifigan_config"] = {
-            "model_in_dim": width,
+            "model_in_dim": SpeechGptUnitVocoderConfig(**inputs).input_size,
             "normalize_before": False,
             "sampling_rate": sampling_rate,
             **fields["hifigan_config"],
@@ -150,14 +178,18 @@ def new_model(
 
 
 def evaluation(
-    utterances: "Sequence[UnitUtterance]", mel: Any, sampling_rate: int, hop_length: int
+    utterances: "Sequence[UnitUtterance]",
+    mel: Any,
+    sampling_rate: int,
+    hop_length: int,
+    pitch_scale: "PitchScale | None" = None,
 ) -> "Callable[[SpeechGptUnitVocoderModel], dict[str, float]]":
     """Mean over recordings: distance of the mel spectrogram with true durations, and error of the durations."""
     import torch
 
     from hf_speechllm.data.unit_crops import UnitCropDataset
 
-    held_out = UnitCropDataset(utterances, 1, hop_length, sampling_rate)
+    held_out = UnitCropDataset(utterances, 1, hop_length, sampling_rate, pitch_scale=pitch_scale)
 
     def evaluate(model: "SpeechGptUnitVocoderModel") -> dict[str, float]:
         distances, squares, count = [], 0.0, 0
@@ -165,8 +197,12 @@ def evaluation(
             waveform, units = (torch.from_numpy(part)[None].to(model.device) for part in held_out.recording(index))
             if waveform.shape[1] < mel.spectrograms[0].n_fft:
                 continue
-            speaker = {"speaker_id": held_out.utterances[index].speaker_id} if model.config.num_speakers else {}
-            output = model(units, predict_durations=False, return_dict=True, **speaker)
+            item = held_out.utterances[index]
+            inputs = {"speaker_id": item.speaker_id} if model.config.num_speakers else {}
+            inputs |= {"style_id": item.style_id} if model.config.num_styles else {}
+            if pitch_scale is not None:
+                inputs["f0"] = torch.from_numpy(held_out.pitch(index))[None].to(model.device)
+            output = model(units, predict_durations=False, return_dict=True, **inputs)
             distances.append(float(mel.scales(waveform, output.waveform)[0]))
             if model.config.duration_hidden_size:
                 runs, durations = torch.unique_consecutive(units[0], return_counts=True)
@@ -207,21 +243,24 @@ def main(argv: Sequence[str]) -> None:
     utterances = read_sources(run.data.train, run.data.data_dir)
     validation = read_sources(run.data.validation, run.data.data_dir)
     speakers = sorted({item.speaker or "" for item in utterances}) if options.speakers else None
+    styles = sorted({style_of(item) or "" for item in utterances}) if options.styles else None
     if run.model.pretrained is not None:
         model = SpeechGptUnitVocoderModel.from_pretrained(run.model.pretrained)
         if not model.config.weight_norm:
             model.apply_weight_norm()
-        speakers = model.config.speakers
     else:
         rate = units_model.config.sampling_rate
-        model = new_model(run.model.config, units_model.config.num_units, rate, speakers)
+        model = new_model(run.model.config, units_model.config.num_units, rate, speakers, styles)
     config = model.config
+    speakers, styles = config.speakers, config.styles
+    pitch_scale = model.pitch_scale if config.use_f0 else None
 
     validation = [item for item in validation if speakers is None or item.speaker in speakers]
+    validation = [item for item in validation if styles is None or style_of(item) in styles]
     validation = validation[:: max(1, len(validation) // options.eval_utterances)][: options.eval_utterances]
     both = [*utterances, *validation]
     units = frame_units(both, units_model, options.batch_seconds, options.units_cache)
-    rows = unit_utterances(both, units, speakers)
+    rows = unit_utterances(both, units, speakers, styles)
     train_rows, eval_rows = rows[: len(utterances)], rows[len(utterances) :]
     del units_model
     train_set = UnitCropDataset(
@@ -231,6 +270,7 @@ def main(argv: Sequence[str]) -> None:
         config.sampling_rate,
         args.seed,
         tuple(options.gain_db),
+        pitch_scale,
     )
 
     mel = MultiScaleMelLoss(config.sampling_rate, options.mel_weights, hop_length=256, mel_scale="slaney")
@@ -238,6 +278,8 @@ def main(argv: Sequence[str]) -> None:
     def step(generator: Any, batch: "dict[str, Tensor]") -> GeneratorStep:
         names = ["unit_ids"]
         names += ["speaker_id"] if config.num_speakers else []
+        names += ["style_id"] if config.num_styles else []
+        names += ["f0"] if config.use_f0 else []
         names += ["duration_unit_ids", "duration_labels"] if config.duration_hidden_size else []
         inputs = {name: batch[name] for name in names}
         output = generator(**inputs, predict_durations=False, return_dict=True)
@@ -255,6 +297,9 @@ def main(argv: Sequence[str]) -> None:
         "discriminator_parameters": sum(parameter.numel() for parameter in judges.parameters()),
     }
     print(json.dumps(sizes), flush=True)
+    evaluate = None
+    if eval_rows:
+        evaluate = evaluation(eval_rows, mel, config.sampling_rate, config.hop_length, pitch_scale)
     trainer = GanTrainer(
         model,
         step,
@@ -262,7 +307,7 @@ def main(argv: Sequence[str]) -> None:
         train_set,
         collate_unit_crops,
         discriminators=judges if options.discriminators else None,
-        evaluate=evaluation(eval_rows, mel, config.sampling_rate, config.hop_length) if eval_rows else None,
+        evaluate=evaluate,
     )
     metrics = trainer.train(resume=resume)
     done = trainer.accelerator.unwrap_model(trainer.generator)

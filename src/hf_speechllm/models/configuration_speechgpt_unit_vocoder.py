@@ -16,6 +16,8 @@ class SpeechGptUnitVocoderConfig(PreTrainedConfig):
         num_units, embedding_size (`int`): rows and width of the embedding of the units.
         use_f0 (`bool`), num_f0_bins (`int`): whether pitch is an input; one of so many bins, embedded, or with 0 bins
             one number per frame.
+        f0_range (`list[float]`, *optional*): Hz, lowest and highest, from which [`PitchScale`] makes these bins or
+            numbers. `None` where they were made in another way, as those of published models.
         num_speakers (`int`), speaker_embedding_size (`int`): rows of the embedding of speakers, or (one of the two)
             the width of speaker vectors from elsewhere, which are projected. Both 0: one voice.
         num_styles (`int`): rows of the embedding of styles; 0 = none.
@@ -38,6 +40,7 @@ class SpeechGptUnitVocoderConfig(PreTrainedConfig):
     embedding_size: int = 128
     use_f0: bool = False
     num_f0_bins: int = 0
+    f0_range: list[float] | None = None
     num_speakers: int = 0
     speaker_embedding_size: int = 0
     num_styles: int = 0
@@ -88,6 +91,11 @@ class SpeechGptUnitVocoderConfig(PreTrainedConfig):
             raise ValueError("hifigan_config.normalize_before: expected false, units have no mean, got true")
         if self.num_speakers and self.speaker_embedding_size:
             raise ValueError("speaker_embedding_size: expected 0 where num_speakers is not 0")
+        if self.f0_range is not None:
+            if len(self.f0_range) != 2 or not 0 < self.f0_range[0] < self.f0_range[1]:
+                raise ValueError(f"f0_range: expected the lowest and the highest pitch in Hz, got {self.f0_range}")
+            if self.num_f0_bins == 1:
+                raise ValueError("num_f0_bins: expected 0 or at least 2 with f0_range, as bin 0 has no voice, got 1")
         rates, kernels = generator.upsample_rates, generator.upsample_kernel_sizes
         if len(rates) != len(kernels) or any(kernel < rate for rate, kernel in zip(rates, kernels, strict=True)):
             raise ValueError(

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_speechgpt_unit_vocoder import SpeechGptUnitVocoderConfig
 from .mixed_lengths import encode_apart, lengths_to_encode_apart
+from .pitch_scale import PitchScale
 from .streaming_speechgpt_unit_vocoder import UnitVocoderStream
 from .unit_string import parse_unit_string
 
@@ -160,9 +161,9 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
                 can, and none are given.
             speaker_id, style_id (`(b,)` or one for all): rows of the embeddings; 0 by default.
             speaker_embeddings (`(b, speaker_embedding_size)`): vectors of speakers, for a model that takes these.
-            f0 (`(b, k)`), f0_attention_mask (`(b, k)`, 1 = real): bins, or pitch. In each row as many as units or
-                frames, or a multiple or a divisor of them. Default mask: that of the units as far as `k` is a multiple
-                of `n`, else all real.
+            f0 (`(b, k)`), f0_attention_mask (`(b, k)`, 1 = real): bins, or pitch; see [`encode_f0`]. In each row as
+                many as units or frames, or a multiple or a divisor of them. Default mask: that of the units as far as
+                `k` is a multiple of `n`, else all real.
             duration_unit_ids, duration_labels (`(b, m)`, int64): reduced units of whole utterances with their frames,
                 for `loss`; labels of 0 are padding.
 
@@ -288,6 +289,36 @@ class SpeechGptUnitVocoderModel(PreTrainedModel):
         ```
         """
         return UnitVocoderStream(self, **self._voice_numbers(speaker, style, 1), **options)
+
+    # -- pitch -------------------------------------------------------------------------------------------------------
+    @property
+    def pitch_scale(self) -> PitchScale:
+        """How Hz become the `f0` of [`forward`].
+
+        Raises:
+            ValueError: a model that takes no pitch, or does not say how its pitch is made.
+        """
+        config = self.config
+        if not config.use_f0:
+            raise ValueError("use_f0: expected true for a pitch, got false")
+        if config.f0_range is None:
+            raise ValueError("f0_range: expected the lowest and the highest pitch in Hz, got None")
+        return PitchScale(*config.f0_range, num_bins=config.num_f0_bins)
+
+    def encode_f0(self, f0: Tensor) -> Tensor:
+        """Frequencies in Hz, 0 = no voice, to what [`forward`] takes as `f0`, of the same shape.
+
+        Raises:
+            ValueError: see [`pitch_scale`].
+
+        Example:
+
+        ```python
+        >>> f0 = model.encode_f0(torch.tensor([[0.0, 110.0, 112.5]]))
+        >>> waveform = model.synthesize([189, 63, 991], predict_durations=False, f0=f0)
+        ```
+        """
+        return self.pitch_scale.encode(f0)
 
     # -- durations ---------------------------------------------------------------------------------------------------
     def predict_log_durations(self, unit_ids: Tensor, mask: Tensor) -> Tensor:
