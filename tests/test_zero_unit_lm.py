@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_unit_lm_scripts import MODEL, NUM_UNITS, write_units
-from test_zero import deepspeed, launch
-from transformers import AutoModelForCausalLM
+from test_zero import CONFIGS, deepspeed, launch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_speechllm.train.text_tokenizer import train_byte_bpe
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +84,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def difference(run: Path, other: Path) -> float:
     left, right = weights(run), weights(other)
     assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
+    return max(float((left[name] - right[name]).detach().abs().max()) for name in left)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +106,31 @@ def test_zero_equals_data_parallel(folder, data_parallel, stage):
     assert counted[0] == counted[1] == sum(parameter.numel() for parameter in weights(run).values())
 
 
-def test_zero3_lora_merges(folder):
-    plain, shared = (train(folder, name, *LORA, *more) for name, more in (("lora", ()), ("lora3", deepspeed(3))))
+@pytest.fixture(scope="module")
+def all_shared(folder) -> tuple[str, str]:
+    """ZeRO-3 that leaves no parameter whole, however small."""
+    settings = json.loads((CONFIGS / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "all_shared.json").write_text(json.dumps(settings))
+    return "--training.deepspeed", str(folder / "all_shared.json")
+
+
+def test_zero3_extends_a_plain_model(folder, all_shared):
+    """Stage 1: the vocabulary grows as in one process."""
+    tokenizer = train_byte_bpe(["one two three four", "five six seven"], 300)
+    fields = {name: value for name, value in MODEL.items() if name != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    options = ["--pretrained", str(folder / "base"), "--num_units", str(NUM_UNITS), "--data_dir", str(folder)]
+    options += ["--data.train", "[speech.parquet]", "--block_size", "32", *STEPS, *QUIET]
+    plain = launch(folder / "extended", "pretrain_unit_lm", *options)
+    shared = launch(folder / "extended3", "pretrain_unit_lm", *options, *all_shared)
+    assert difference(plain, shared) < TOLERANCE
+    assert AutoModelForCausalLM.from_pretrained(shared).config.num_units == NUM_UNITS
+
+
+def test_zero3_lora_merges(folder, all_shared):
+    plain, shared = train(folder, "lora", *LORA), train(folder, "lora3", *LORA, *all_shared)
     assert difference(plain / "merged", shared / "merged") < TOLERANCE
     assert difference(plain / "merged", folder / "stage1") > 1e2 * TOLERANCE
     adapters = [load_file(run / "adapter_model.safetensors") for run in (plain, shared)]

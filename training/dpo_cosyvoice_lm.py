@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.speech_preferences import SpeechDpoTrainer
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import save_merged
-    from hf_speechllm.train.zero import count_parameters
+    from hf_speechllm.train.zero import num_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(DPOConfig)] + ["resume"]
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if run.lora.rank > 0:
         lora = run.lora
         adapter = lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.modules_to_save)
-    sizes = {"pairs": len(train_set), "parameters": count_parameters(model)}
+    sizes = {"pairs": len(train_set), "parameters": num_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = SpeechDpoTrainer(
         model=model,
@@ -77,10 +77,14 @@ def main(argv: Sequence[str]) -> None:
     if trainer.eval_dataset is not None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
-    if adapter is not None and run.lora.merge and args.should_save:
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, Path(args.output_dir) / "merged")
+    if adapter is not None and run.lora.merge:
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged", args.should_save)
     if args.should_save:
         write_summary(args.output_dir, summary)
+    # Left to the end of the interpreter, the threads of a process group now and then abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.run_config import load_run_config
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import SFT_DEFAULTS, UnitLmRunConfig, load_unit_lm, read_rows
-    from hf_speechllm.train.zero import count_parameters
+    from hf_speechllm.train.zero import num_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(SFTConfig)] + ["resume"]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
     train_set = blocks(run.data.train)
     eval_set = blocks(run.data.validation) if run.data.validation else None
-    sizes = {"blocks": len(train_set), "parameters": count_parameters(model), "vocabulary": len(tokenizer)}
+    sizes = {"blocks": len(train_set), "parameters": num_parameters(model), "vocabulary": len(tokenizer)}
     print(json.dumps(sizes), flush=True)
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
@@ -60,6 +60,9 @@ def main(argv: Sequence[str]) -> None:
     trainer.save_model(args.output_dir)
     if args.should_save:
         write_summary(args.output_dir, summary)
+    # Left to the end of the interpreter, the threads of a process group now and then abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

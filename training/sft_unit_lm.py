@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         read_rows,
         save_merged,
     )
-    from hf_speechllm.train.zero import count_parameters
+    from hf_speechllm.train.zero import num_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(SFTConfig)] + ["resume"]
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     if run.lora.rank > 0:
         lora = run.lora
         adapter = unit_lm_lora_config(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.rows)
-    sizes = {"examples": len(train_set), "parameters": count_parameters(model)}
+    sizes = {"examples": len(train_set), "parameters": num_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = SFTTrainer(
         model=model,
@@ -80,13 +80,17 @@ def main(argv: Sequence[str]) -> None:
     if eval_set is not None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
-    if adapter is not None and run.lora.merge and args.should_save:
+    if adapter is not None and run.lora.merge:
         adapted = trainer.accelerator.unwrap_model(trainer.model)
         if run.model.quantization != "none":
+            trainer.accelerator.wait_for_everyone()  # it reads the adapter that was just saved
             adapted = load_dequantised(run.model, run.data, args.seed, Path(args.output_dir))
-        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged")
+        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged", args.should_save)
     if args.should_save:
         write_summary(args.output_dir, summary)
+    # Left to the end of the interpreter, the threads of a process group now and then abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

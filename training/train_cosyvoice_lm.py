@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.run_config import RunConfigError, load_run_config
     from hf_speechllm.train.summary import write_summary
     from hf_speechllm.train.unit_lm_run import read_rows, save_merged
-    from hf_speechllm.train.zero import count_parameters
+    from hf_speechllm.train.zero import num_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(TrainingArguments)] + ["resume"]
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         "examples": len(pairs),
         "left_out": dropped,
         "hours": round(seconds_of_speech(pairs) / 3600, 3),
-        "parameters": count_parameters(model),
+        "parameters": num_parameters(model),
     }
     print(json.dumps(sizes), flush=True)
     config = model.config
@@ -89,10 +89,14 @@ def main(argv: Sequence[str]) -> None:
     if eval_set is not None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
-    if run.lora.rank > 0 and run.lora.merge and args.should_save:
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, Path(args.output_dir) / "merged")
+    if run.lora.rank > 0 and run.lora.merge:
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged", args.should_save)
     if args.should_save:
         write_summary(args.output_dir, summary)
+    # Left to the end of the interpreter, the threads of a process group now and then abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.train.text_tokenizer import train_byte_bpe
     from hf_speechllm.train.unit_lm_run import UnitLmRunConfig, read_rows
     from hf_speechllm.train.unit_vocabulary import add_unit_tokens
-    from hf_speechllm.train.zero import count_parameters
+    from hf_speechllm.train.zero import num_parameters
 
     recipe, overrides = (None, argv) if argv[0].startswith("--") else (argv[0], argv[1:])
     keys = [entry.name for entry in fields(Seq2SeqTrainingArguments)] + ["resume"]
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     train_set = examples(train_rows)
     validation = list(read_rows(run.data.validation, run.data.data_dir))
     eval_set = examples(validation) if validation else None
-    sizes = {"examples": len(train_set), "parameters": count_parameters(model)}
+    sizes = {"examples": len(train_set), "parameters": num_parameters(model)}
     print(json.dumps(sizes), flush=True)
     trainer = Seq2SeqTrainer(
         model=model,
@@ -88,6 +88,9 @@ def main(argv: Sequence[str]) -> None:
     trainer.save_model(args.output_dir)
     if args.should_save:
         write_summary(args.output_dir, summary)
+    # Left to the end of the interpreter, the threads of a process group now and then abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

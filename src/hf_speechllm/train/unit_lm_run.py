@@ -24,6 +24,7 @@ from hf_speechllm.train.lora import ATTENTION_TARGETS, freeze
 from hf_speechllm.train.run_config import RunConfigError
 from hf_speechllm.train.text_tokenizer import train_byte_bpe
 from hf_speechllm.train.unit_vocabulary import extend_with_units
+from hf_speechllm.train.zero import whole_models, whole_parameters
 
 
 if TYPE_CHECKING:
@@ -156,25 +157,29 @@ def load_unit_lm(
         options["attn_implementation"] = model.attn_implementation
     if model.dtype is not None:
         options["dtype"] = model.dtype
-    if model.pretrained is None:
-        network, tokenizer = new_causal_lm(model, data, options)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(model.pretrained, **trust)
-        if model.quantization != "none":
-            options["quantization_config"] = quantization(model.quantization)
-            options["device_map"] = {"": torch.accelerator.current_accelerator() or "cpu"}
+    if model.pretrained is not None:
         config = AutoConfig.from_pretrained(model.pretrained, **trust)
-        network = AutoModelForCausalLM.from_pretrained(model.pretrained, **trust, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model.pretrained, **trust)
         if config.model_type == "speechgpt_lm":
+            if model.quantization != "none":
+                options["quantization_config"] = quantization(model.quantization)
+                options["device_map"] = {"": torch.accelerator.current_accelerator() or "cpu"}
+            network = AutoModelForCausalLM.from_pretrained(model.pretrained, **trust, **options)
             freeze(network, model.freeze)
             return network, tokenizer
         if model.quantization != "none":
             raise RunConfigError("model.quantization: expected a unit LM in `pretrained`; extend the base first")
     if model.num_units < 1:
         raise RunConfigError(f"model.num_units: expected the size of the codebook, found {model.num_units}")
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = extend_with_units(network, tokenizer, model.num_units, init=model.init, generator=generator)
-    network = SpeechGptForCausalLM.from_plain(network, vocabulary.first_unit_id, vocabulary.num_units)
+    # An embedding can only grow, and new rows can only be drawn like the old ones, where it is whole.
+    with whole_models():
+        if model.pretrained is None:
+            network, tokenizer = new_causal_lm(model, data, options)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(model.pretrained, **trust, **options)
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = extend_with_units(network, tokenizer, model.num_units, init=model.init, generator=generator)
+        network = SpeechGptForCausalLM.from_plain(network, vocabulary.first_unit_id, vocabulary.num_units)
     freeze(network, model.freeze)
     return network, tokenizer
 
@@ -222,8 +227,10 @@ def load_dequantised(model: UnitLmModelArguments, data: UnitLmDataArguments, see
     return PeftModel.from_pretrained(network.dequantize(), adapter)
 
 
-def save_merged(model: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The model with its adapter merged in, as a complete folder."""
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_merged(model: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder: Path, should_save: bool) -> None:
+    """The model with its adapter merged in, as a complete folder. Every process has to call it, one of them writes."""
+    with whole_parameters(model):
+        merged = model.merge_and_unload()
+        if should_save:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Whole parameters of a model that DeepSpeed ZeRO-3 has shared out between the processes."""
+"""Whole parameters of a model that DeepSpeed ZeRO-3 has shared out, or will share out, between the processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,21 @@ def whole_parameters(model: nn.Module, modified: bool = False) -> Iterator[None]
         yield
 
 
-def count_parameters(model: PreTrainedModel) -> int:
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models made or loaded inside are whole on every process; ZeRO-3 shares them out when training starts."""
+    from transformers.integrations import deepspeed as integration
+
+    # transformers asks this reference, and has no function that gives it.
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
+def num_parameters(model: PreTrainedModel) -> int:
     """`model.num_parameters()`, with those that ZeRO-3 has shared out, which look empty."""
     shared_out = sum(parameter.ds_numel for parameter in model.parameters() if hasattr(parameter, "ds_id"))
     return model.num_parameters() + shared_out
