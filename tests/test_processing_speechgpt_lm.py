@@ -27,6 +27,8 @@ from hf_speechllm.models.prompts_speechgpt_lm import (
     question_with_units,
     replace_recordings,
 )
+from hf_speechllm.train.text_tokenizer import train_byte_bpe
+from hf_speechllm.train.unit_vocabulary import add_unit_tokens
 
 
 QUESTION, ANSWER = "What is it?", "A day; or two."
@@ -206,6 +208,18 @@ def test_units_instead_of_audio(processor):
     for rows in (torch.tensor([[26, 5], [7, -1]]), np.array([[26, 5], [7, -1]]), [torch.tensor([26, 5]), [7]]):
         assert processor.prompts(units=rows) == both
     assert processor.prompts("hello", history=None) == processor.prompts("hello")
+
+
+def test_a_prompt_ends_where_an_answer_begins(processor):
+    """Tokens of a training text begin with those of its prompt; published tokenizers keep upstream's last space."""
+    own = train_byte_bpe(["five six seven"], 300)
+    add_unit_tokens(own, 8)
+    ids = SpeechGptProcessor(own)(units=[1, 2])["input_ids"][0].tolist()
+    text = SpeechGptProcessor(own).prompts(units=[1, 2])[0] + "five; [ta] six"
+    whole = own(text).input_ids
+    assert whole[: len(ids)] == ids and own.decode(whole[len(ids) :]).startswith(" five")
+    published = processor(units=[1, 2])["input_ids"][0].tolist()
+    assert published == processor.tokenizer(processor.prompts(units=[1, 2])[0]).input_ids
 
 
 def test_numbers_that_are_no_units(processor):

@@ -28,7 +28,7 @@ from .prompts_speechgpt_lm import (
     replace_recordings,
 )
 from .resampling import resample
-from .unit_string import unit_string
+from .unit_string import START_OF_SPEECH, unit_string
 from .unit_tokens import unit_token
 
 
@@ -107,6 +107,9 @@ class SpeechGptProcessor(ProcessorMixin):
         prompts = self.prompts(
             text, audio, sampling_rate, units, units_model, output, style, history, read_paths=read_paths
         )
+        if self.template == "SpeechGPT" and not self._strips_spaces():
+            # In what such a model has learned, this space belongs to the word that comes next.
+            prompts = [prompt.removesuffix(" ") for prompt in prompts]
         encoded = self.tokenizer(
             prompts, padding=padding, padding_side="left", return_tensors=return_tensors, **kwargs
         )
@@ -175,6 +178,13 @@ class SpeechGptProcessor(ProcessorMixin):
         question = words if said is None else question_with_units(words, said)
         asked: Modality = "speech" if is_spoken else "text"
         return inference_prompt(question, history, style, (asked, output), self.prefix)
+
+    def _strips_spaces(self) -> bool:
+        """Whether units swallow the spaces beside them, as in the tokenizers of published models; their ids are those
+        of upstream."""
+        index = self.tokenizer.convert_tokens_to_ids(START_OF_SPEECH)
+        token = self.tokenizer.added_tokens_decoder.get(index)
+        return token is not None and token.rstrip
 
     # -- speech ------------------------------------------------------------------------------------------------------
     def unit_string(self, units: Sequence[int] | Tensor | str) -> str:
