@@ -83,6 +83,13 @@ def build_tiny_processor():
     return WenetU2ppProcessor(KaldiFbankFeatureExtractor(), build_word_tokenizer(units))
 
 
+def free_port() -> int:
+    """For processes that meet on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def build_tiny_model(seed: int = 0, **changes):
     """U2++ MoE of two layers with random weights, scaled so that its output changes over time."""
     from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import free_port
 from safetensors.torch import load_file, save_file
 from tiny_speechtokenizer import tiny_codec, waves
 from torch import Tensor, multiprocessing, nn
@@ -300,10 +300,7 @@ def test_two_processes_train_what_one_trains(recordings, tmp_path):
     Without the recording that is shorter than a crop: distillation is a mean over the real frames of each process.
     """
     recordings = [item for item in recordings if soundfile.info(item.audio).frames >= CROP]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_train_in_two, args=(tmp_path, recordings, port), nprocs=2)
+    multiprocessing.spawn(_train_in_two, args=(tmp_path, recordings, free_port()), nprocs=2)
     alone = make_trainer(tmp_path / "alone", recordings, started_codec(), batch_size=4)
     before = {name: value.clone() for name, value in weights_of(alone).items()}
     alone.train()

@@ -9,7 +9,6 @@ far (measured: 1.3e-6).
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import build_tiny_model, build_tiny_processor, speech_like
+from conftest import build_tiny_model, build_tiny_processor, free_port, speech_like
 from safetensors.torch import load_file
 
 from hf_speechllm.models.configuration_wenet_u2pp import WenetU2ppConfig
@@ -116,11 +115,8 @@ def launch(output: Path, script: str, *options: str, processes: int = 2) -> Path
     """Run a script of `training/` in its own processes; a run that hangs is killed with its children."""
     launcher = [sys.executable]
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
-        launcher += [f"--master_port={port}"]
+        launcher += [f"--master_port={free_port()}"]
     command = [*launcher, str(TESTS / "zero_worker.py"), script, *options, "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
     with open(f"{output}.log", "w+", encoding="utf-8") as log:

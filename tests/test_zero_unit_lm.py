@@ -33,16 +33,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-6
-STEPS = [
-    "--max_steps",
-    "4",
-    "--per_device_train_batch_size",
-    "2",
-    "--learning_rate",
-    "0.003",
-    "--adam_epsilon",
-    "1e-6",
-]
+STEPS = "--max_steps 4 --per_device_train_batch_size 2 --learning_rate 0.003 --adam_epsilon 1e-6".split()
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true", "--logging_steps", "1", "--save_strategy", "no", "--seed", "1"]
 LORA = ["--lora.rank", "2", "--lora.alpha", "4"]
 
@@ -62,15 +53,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, name: str, *options: str, processes: int = 2) -> Path:
-    data = [
-        "--data_dir",
-        str(folder / "cross_modal"),
-        "--data.train",
-        "[data/train.parquet]",
-        "--data.max_length",
-        "400",
-    ]
-    fixed = ["--pretrained", str(folder / "stage1"), *data, *STEPS, *QUIET]
+    data = ["--data_dir", str(folder / "cross_modal"), "--data.train", "[data/train.parquet]"]
+    fixed = ["--pretrained", str(folder / "stage1"), *data, "--data.max_length", "400", *STEPS, *QUIET]
     return launch(folder / name, "sft_unit_lm", *fixed, *options, processes=processes)
 
 

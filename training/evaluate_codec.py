@@ -13,7 +13,6 @@ from the first level alone, the first two, and so on (`--levels`, by default eac
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.data.waveform_batches import waveform_batches
     from hf_speechllm.eval.listening import listen
+    from hf_speechllm.eval.report import write_report
     from hf_speechllm.train.mel_loss import MultiScaleMelLoss
     from hf_speechllm.train.metrics import metric_path
 
@@ -103,10 +103,7 @@ def main(argv: Sequence[str]) -> None:
             "codebook_use": round(used, 3),
             "bits_per_second": round(frames_per_second * number * math.log2(config.codebook_size)),
         }
-    print(json.dumps(result, indent=1))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_report(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.eval.listening import listen
     from hf_speechllm.eval.mel_distance import mel_distance
+    from hf_speechllm.eval.report import write_report
     from hf_speechllm.eval.speaker_embeddings import embed_speakers
     from hf_speechllm.eval.speaker_verification import speaker_similarity
     from hf_speechllm.eval.speech_synthesis import Synthesis, Voice, synthesize
@@ -369,10 +370,7 @@ def main(argv: Sequence[str]) -> None:
                 for text, name, found, item in zip(said, speakers, heard, references, strict=True)
             ]
             save_audio(arguments.save_audio / "resynthesis", again.waveforms, rate, metadata)
-    print(json.dumps(report, indent=1))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

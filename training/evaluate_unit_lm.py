@@ -19,7 +19,6 @@ An answer without the part that is measured counts as an empty text, all words d
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -80,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     from hf_speechllm.cosyvoice_units import CosyVoiceUnits
     from hf_speechllm.data.manifests import parse_filters
     from hf_speechllm.data.task_descriptions import RECOGNITION_DESCRIPTIONS, SYNTHESIS_DESCRIPTIONS
+    from hf_speechllm.eval.report import write_report
     from hf_speechllm.models.answers_speechgpt_lm import parse_answer
     from hf_speechllm.models.greedy_text import GreedyText
     from hf_speechllm.models.prompts_speechgpt_lm import META_INSTRUCTION, cross_modal_text, inference_prompt
@@ -212,10 +212,7 @@ def main(argv: Sequence[str]) -> None:
         result["answer_wer"] = error_rate([a.text or "" for a in answers], right)
         if vocoder is not None:
             result["spoken_answer_wer"] = error_rate(listen([a.units for a in answers], "listening"), right)
-    print(json.dumps(result, indent=1))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_report(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -26,25 +26,23 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--bfloat16", action="store_true", help="on a CPU: faster, and some units change")
     parser.add_argument("--trust_remote_code", action="store_true")
     arguments = parser.parse_args(argv)
-    if arguments.bfloat16 and arguments.device != "cpu":
-        parser.error(f"--bfloat16: expected --device cpu, got {arguments.device}")
 
     from datasets import Dataset
     from transformers import AutoModel
 
     import hf_speechllm  # noqa: F401  registers the model families
-    from hf_speechllm.cpu_inference import has_bfloat16_products, use_bfloat16_products
+    from hf_speechllm.cpu_inference import bfloat16_obstacle, use_bfloat16_products
     from hf_speechllm.data.manifests import parse_filters, read_manifest
     from hf_speechllm.data.unit_extraction import extract_units
 
+    if arguments.bfloat16 and (obstacle := bfloat16_obstacle(arguments.device)) is not None:
+        parser.error(f"--bfloat16: {obstacle}")
     utterances = read_manifest(arguments.data, where=parse_filters(arguments.where))
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     if model.config.model_type == "cosyvoice":
         model = model.speech_tokenizer
     model = model.eval().to(arguments.device)
     if arguments.bfloat16:
-        if not has_bfloat16_products():
-            parser.error("--bfloat16: this processor has neither AMX nor AVX512-BF16")
         use_bfloat16_products(model)
     rows = extract_units(model, utterances, arguments.batch_seconds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

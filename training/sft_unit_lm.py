@@ -81,11 +81,12 @@ def main(argv: Sequence[str]) -> None:
         summary |= trainer.evaluate()
     trainer.save_model(args.output_dir)
     if adapter is not None and run.lora.merge:
-        adapted = trainer.accelerator.unwrap_model(trainer.model)
-        if run.model.quantization != "none":
-            trainer.accelerator.wait_for_everyone()  # it reads the adapter that was just saved
-            adapted = load_dequantised(run.model, run.data, args.seed, Path(args.output_dir))
-        save_merged(adapted, tokenizer, Path(args.output_dir) / "merged", args.should_save)
+        folder = Path(args.output_dir) / "merged"
+        if run.model.quantization == "none":
+            save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, args.should_save)
+        elif args.should_save:  # ZeRO-3 shares no quantised weights out: one process is enough
+            dequantised = load_dequantised(run.model, run.data, args.seed, Path(args.output_dir))
+            save_merged(dequantised, tokenizer, folder, True)
     if args.should_save:
         write_summary(args.output_dir, summary)
     # Left to the end of the interpreter, the threads of a process group now and then abort it.

@@ -142,12 +142,10 @@ def _what_is_at(path: Path) -> str:
 
 
 def _check_bfloat16(wanted: bool, device: str = "cpu") -> None:
-    from .cpu_inference import has_bfloat16_products
+    from .cpu_inference import bfloat16_obstacle
 
-    if wanted and device != "cpu":
-        raise _fail(f"--bfloat16: expected --device cpu, got {device}")
-    if wanted and not has_bfloat16_products():
-        raise _fail("--bfloat16: this processor has neither AMX nor AVX512-BF16")
+    if wanted and (obstacle := bfloat16_obstacle(device)) is not None:
+        raise _fail(f"--bfloat16: {obstacle}")
 
 
 def _load(model: str, trust_remote_code: bool, bfloat16: bool = False) -> tuple[Any, Any]:

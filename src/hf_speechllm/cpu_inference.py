@@ -64,19 +64,18 @@ def usable_weight(module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d
 def packed_product(
     module: "PackedLinear | PackedFrameConv1d | PackedWindowConv1d",
     inputs: Tensor,
-    activation: str = "none",
-    algorithm: str = "",
+    gelu: bool = False,
 ) -> Tensor | None:
     """`inputs` times the packed weight plus bias, in the type of `inputs`; `None` where it must not be used.
 
-    `activation` and its `algorithm` are names of oneDNN's; it sees the sums before they are rounded.
+    `gelu`: the exact one, of the sums before they are rounded.
     """
     weight = usable_weight(module, inputs)
     if weight is None:
         return None
-    product = torch.ops.mkldnn._linear_pointwise(
-        inputs.to(weight.dtype), weight, module.bias, activation, [], algorithm
-    )
+    # oneDNN's name of the activation, and "none" in place of its approximation by tanh.
+    activation = ("gelu", [], "none") if gelu else ("none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, module.bias, *activation)
     return product.to(inputs.dtype)
 
 
@@ -115,7 +114,7 @@ class PackedWindowConv1d(WindowConv1d):
 
     def multiply(self, windows: Tensor, activation: Activation | None = None) -> Tensor:
         is_exact_gelu = isinstance(activation, GELUActivation) and activation.act is nn.functional.gelu
-        product = packed_product(self, windows, *(("gelu", "none") if is_exact_gelu else ()))
+        product = packed_product(self, windows, gelu=is_exact_gelu)
         if product is None:
             return super().multiply(windows, activation)
         return product if activation is None or is_exact_gelu else activation(product)
@@ -134,6 +133,13 @@ def _reads_a_waveform(module: nn.Module) -> bool:
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies matrices in bfloat16 faster than in float32."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def bfloat16_obstacle(device: str) -> str | None:
+    """What speaks against [`use_bfloat16_products`] on `device`, for a `--bfloat16` to say; `None` = nothing."""
+    if device != "cpu":
+        return f"expected --device cpu, got {device}"
+    return None if has_bfloat16_products() else "this processor has neither AMX nor AVX512-BF16"
 
 
 def pack_linear_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:

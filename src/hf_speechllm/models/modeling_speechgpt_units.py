@@ -417,29 +417,34 @@ class SpeechGptUnitsModel(PreTrainedModel):
     def _convolve_in_tiles(self, waveforms: Tensor, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
         """The same on a CPU: a few recordings, or a stretch of one, at a time through all layers."""
         config = self.config
-        samples, frames = waveforms.shape[1], config.num_frames(waveforms.shape[1])
+        frames = config.num_frames(waveforms.shape[1])
         output = waveforms.new_empty((len(waveforms), frames, config.hubert_config.conv_dim[-1]))
         tile = _TILE_VALUES * config.hubert_config.conv_stride[0] // config.hubert_config.conv_dim[0]  # samples
-        rows, step = max(1, tile // samples), max(1, tile // config.hop_length)
+        rows, step = max(1, tile // waveforms.shape[1]), max(1, tile // config.hop_length)
         for row in range(0, len(waveforms), rows):
             some = slice(row, row + rows)
             norm = None if statistics is None else self._norm(*(value[some, None] for value in statistics))
             for first in range(0, frames, step):
                 last = min(first + step, frames)
                 end = (last - 1) * config.hop_length + config.receptive_field
-                hidden = waveforms[some, first * config.hop_length : end, None]
-                for number, layer in enumerate(self.hubert.feature_extractor.conv_layers):
-                    if norm is not None and number > 0:
-                        hidden = layer.conv.convolve(hidden, layer.activation)
-                        continue
-                    hidden = layer.conv.convolve(hidden)
-                    if norm is None:
-                        hidden = layer.layer_norm(hidden.to(output.dtype))
-                    else:
-                        hidden = torch.addcmul(norm[1], hidden.float(), norm[0]).to(output.dtype)
-                    hidden = layer.activation(hidden)
-                output[some, first:last] = hidden
+                samples = waveforms[some, first * config.hop_length : end]
+                output[some, first:last] = self._convolve_tile(samples, norm)
         return output
+
+    def _convolve_tile(self, samples: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`(b, t, channels)` of all layers; `norm`: what the group norm multiplies by and adds, `(b, 1, channels)`, or
+        `None` where every layer has a norm over channels."""
+        first, *others = self.hubert.feature_extractor.conv_layers
+        if norm is None:
+            hidden = samples[..., None]
+            for layer in (first, *others):
+                hidden = layer.activation(layer.layer_norm(layer.conv.convolve(hidden).to(samples.dtype)))
+            return hidden
+        hidden = first.conv.convolve(samples[..., None])
+        hidden = first.activation(torch.addcmul(norm[1], hidden.float(), norm[0]).to(samples.dtype))
+        for layer in others:
+            hidden = layer.conv.convolve(hidden, layer.activation)
+        return hidden
 
     def _transform(self, hidden: Tensor, mask: Tensor | None, layer: int) -> Tensor:
         """Layers 1 to `layer` of the transformer on `(b, t, d)`; `mask` `(b, t)`, bool, True = real frame.
